@@ -1,0 +1,60 @@
+"""Every refusal Luthier makes, as a tree. Each message says what, where, the nearest thing that works, and the remedy.
+
+LuthierError                 exit code 2 on the command line, one paragraph, no traceback
+├─ BadChain                  a chain that does not parse, or a hyperparameter that does not exist or fit
+│  └─ UnknownName            a method, model, data set or system nobody registered
+├─ NoSuchSite                a selector that matches nothing
+├─ BadOrder                  an order that would silently lose an earlier method's work
+├─ DoesNotFit                a verb, stack or model that cannot host the method (the reason is in the message)
+├─ NotMergeable              merge() of something that is not a weight transform
+├─ ScheduleNotStepped        a budget or pruning schedule that nobody advanced
+├─ BadState                  a saved state that is corrupt, unsafe, or incomplete
+│  └─ WrongBase              a saved state made for another base model
+├─ BadData                   a data file, column or label that cannot be used
+└─ RunStopped                training stopped early (NaN loss, full disk, Ctrl-C); the last good state is kept
+"""
+
+import difflib
+
+
+class LuthierError(Exception):
+    """Base of every error that is the user's to mend; anything else that escapes is a defect of ours."""
+
+
+class BadChain(LuthierError): ...
+
+
+class UnknownName(BadChain): ...
+
+
+class NoSuchSite(LuthierError): ...
+
+
+class BadOrder(LuthierError): ...
+
+
+class DoesNotFit(LuthierError): ...
+
+
+class NotMergeable(LuthierError): ...
+
+
+class ScheduleNotStepped(LuthierError): ...
+
+
+class BadState(LuthierError): ...
+
+
+class WrongBase(BadState): ...
+
+
+class BadData(LuthierError): ...
+
+
+class RunStopped(LuthierError): ...
+
+
+def nearest(word, known, n=3):
+    """`Nearest: a, b.`, or `` when nothing is known: for the middle of an error message."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n, 0.0)
+    return f"Nearest: {', '.join(near)}." if near else ""
