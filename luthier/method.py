@@ -1,0 +1,236 @@
+"""What attaches: a Method is frozen hyperparameters plus verbs; everything else about it is derived.
+
+The verbs are pure functions of the state `p`, and each takes, by name, only what it needs:
+
+    observe(x[, g])          additive statistic of a weight site's input x: (N, d_in) [and output gradient g: (N, d_out)]
+    init(site, seen)         dict of state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips
+    weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base weight is not needed
+    fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
+    stream(t, p)             change of a token stream, Tokens -> Tokens
+    attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
+    loss(run)                extra training term
+    step(run)                schedule, after every optimizer step while the gradients are still there
+    produce(ctx, p)          state produced from a context, laid over p
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import pkgutil
+import sys
+import types
+import typing
+from pathlib import Path
+
+from .errors import BadChain, UnknownName, nearest
+
+VERBS = ("observe", "init", "weight", "fast", "stream", "attend", "loss", "step", "produce")
+REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
+
+
+class Method:
+    at = ""                             # which sites: a selector, see luthier.site.find
+    exempt: typing.ClassVar[dict] = {}  # contract -> why this method cannot keep it; strict: a needless exemption fails
+    example: typing.ClassVar[dict] = {}  # hyperparameters for checks on tiny models, where the defaults do not suit
+    limits: typing.ClassVar[dict] = {}  # hyperparameter -> (lowest, highest); else: positive where the default is positive
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _fit(type(self), f, getattr(self, f.name)))
+
+    def __rshift__(self, other):
+        return Chain((self,)) >> other
+
+    def __repr__(self):                 # only what differs from the defaults; parses back to an equal method
+        said = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    @classmethod
+    def has(cls, verb):
+        return hasattr(cls, verb)
+
+    @classmethod
+    @functools.cache
+    def wants(cls, verb):
+        """The names of the arguments that a verb asks for."""
+        return tuple(n for n in inspect.signature(getattr(cls, verb)).parameters if n != "self")
+
+    @classmethod
+    def discards(cls):
+        """Whether the base weight is not needed once the state is there: derived from the signature, never declared."""
+        return cls.has("weight") and "W" not in cls.wants("weight")
+
+
+def call(method, verb, **have):
+    """Run a verb with the arguments it names."""
+    return getattr(method, verb)(**{n: have[n] for n in method.wants(verb)})
+
+
+def _fit(cls, f, value):
+    """The value of one hyperparameter, checked against its annotation and limits."""
+    def bad(why):
+        return BadChain(f"{cls.__name__}({f.name}={value!r}): {why}. The default is {f.default!r}."
+                        if f.default is not dataclasses.MISSING else f"{cls.__name__}({f.name}={value!r}): {why}.")
+
+    kind = f.type if not isinstance(f.type, str) else _annotation(cls, f.name)
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+    names = [getattr(k, "__name__", str(k)) for k in kinds]
+    if float in kinds and type(value) is int and int not in kinds:
+        value = float(value)
+    if tuple in [typing.get_origin(k) or k for k in kinds] and isinstance(value, list | str):
+        value = (value,) if isinstance(value, str) else tuple(value)
+    if not any(k is object or type(value) is (typing.get_origin(k) or k) or (value is None and k is type(None)) for k in kinds):
+        raise bad(f"must be {' or '.join(names)}, not {type(value).__name__}")
+    if type(value) in (int, float):
+        number = isinstance(f.default, int | float) and not isinstance(f.default, bool)
+        low = 0 if number and f.default >= 0 else -math.inf
+        low = 1 if number and type(f.default) is int and f.default >= 1 else low
+        low, high = cls.limits.get(f.name, (low, math.inf))
+        if not math.isfinite(value) or value < (low if low is not None else -math.inf) or value > (high if high is not None else math.inf):
+            raise bad(f"must lie in [{low}, {high}]")
+    return value
+
+
+def _annotation(cls, name):
+    return typing.get_type_hints(cls)[name]
+
+
+class Chain(tuple):
+    """`a >> b`: what is attached, in order; the same text in Python, on the command line, in a checkpoint and in `repr`."""
+
+    def __rshift__(self, other):
+        return Chain(tuple(self) + (tuple(other) if isinstance(other, tuple) else (other,)))
+
+    def __rrshift__(self, other):
+        return Chain((other,)) >> self
+
+    def __repr__(self):
+        return " >> ".join(map(repr, self))
+
+
+# -- the registry ---------------------------------------------------------------------------------------------
+
+
+def method(cls):
+    """Register a method under its file's own name: file = class = registry key = command-line word = docs page = test id."""
+    return _register(dataclasses.dataclass(frozen=True, repr=False)(cls))
+
+
+def recipe(fn):
+    """Register a function that returns a Chain, under its file's own name: a published combination as the chain it is."""
+    return _register(fn)
+
+
+def _register(thing):
+    name, home = thing.__name__, thing.__module__.rsplit(".", 1)[-1]
+    if name != home and thing.__module__ != "__main__":
+        raise BadChain(f"{thing.__module__} must define a method named after the file, {home!r}, not {name!r}.")
+    known = REGISTRY.setdefault(name, thing)
+    if known is not thing and _source(known) != _source(thing):
+        raise BadChain(f"Two methods are named {name!r}: {_source(known)} and {_source(thing)}. Rename one file.")
+    REGISTRY[name] = thing
+    return thing
+
+
+def _source(thing):
+    return getattr(sys.modules.get(thing.__module__), "__file__", thing.__module__)
+
+
+@functools.cache
+def _discover():
+    from . import methods
+
+    for m in pkgutil.walk_packages(methods.__path__, methods.__name__ + "."):
+        if not m.name.rsplit(".", 1)[-1].startswith("_"):
+            importlib.import_module(m.name)
+
+
+def discover():
+    """name -> Method subclass or recipe, of every file under luthier/methods and every file imported by `include`."""
+    _discover()
+    return REGISTRY
+
+
+def include(path):
+    """Import a method file of the user's own (`--import my_method.py`); returns the names it registered."""
+    path, known = Path(path), set(discover())
+    if not path.is_file() or path.suffix != ".py":
+        raise BadChain(f"--import {path}: no such Python file. Give the path of one file that defines a @method class.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    new = sorted(set(REGISTRY) - known) or [n for n, m in REGISTRY.items() if m.__module__ == path.stem]
+    if not new:
+        raise BadChain(f"--import {path}: the file defines no @method class. See `luthier methods` for examples.")
+    return new
+
+
+def lookup(name):
+    found = discover().get(name)
+    if found is None:
+        raise UnknownName(f"No method is named {name!r}. {nearest(name, REGISTRY)} List them with `luthier methods`.")
+    return found
+
+
+# -- the text of a chain --------------------------------------------------------------------------------------
+
+
+def parse(text):
+    """`"lora(rank=8) >> ssf()"` -> Chain. Literals only: nothing in the text is ever executed."""
+    if isinstance(text, Method):
+        return Chain((text,))
+    if isinstance(text, tuple):
+        return Chain(text)
+    return _chain(_tree(text), text)
+
+
+def split(text):
+    """`"probe, full, lora(rank=8) >> ssf()"` -> a list of chains."""
+    tree = _tree(text)
+    return [_chain(e, text) for e in (tree.elts if isinstance(tree, ast.Tuple) else [tree])]
+
+
+def _tree(text):
+    if not isinstance(text, str) or not text.strip():
+        raise BadChain(f"{text!r} is not a chain. Write for example \"lora(rank=8) >> ssf()\".")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise BadChain(f"{text!r} does not parse as a chain ({getattr(e, 'msg', e)}). "
+                       "Write for example \"lora(rank=8) >> ssf()\".") from None
+
+
+def _chain(node, text):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
+        return _chain(node.left, text) >> _chain(node.right, text)
+    name = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(name, ast.Name):
+        raise BadChain(f"{ast.unparse(node)!r} in {text!r} is not a method. Chains are method(key=value) joined by >>.")
+    found = lookup(name.id)
+    if isinstance(node, ast.Call) and node.args:
+        raise BadChain(f"{ast.unparse(node)!r}: hyperparameters are given by name, as in {name.id}({_fields(found)[0]}=...).")
+    known, given = _fields(found), {}
+    for k in node.keywords if isinstance(node, ast.Call) else ():
+        if k.arg not in known:
+            raise BadChain(f"{name.id} has no hyperparameter {k.arg!r}. {nearest(k.arg, known)}")
+        if k.arg in given:
+            raise BadChain(f"{name.id}({k.arg}=...) is given twice in {text!r}.")
+        try:
+            given[k.arg] = ast.literal_eval(k.value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            raise BadChain(f"{name.id}({k.arg}={ast.unparse(k.value)}): values are plain numbers, strings, "
+                           "True, False, None or tuples of them.") from None
+    need = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty and p.name not in given]
+    if need:
+        raise BadChain(f"{name.id} needs {', '.join(need)}: write {name.id}({', '.join(n + '=...' for n in need)}).")
+    made = found(**given)
+    return made if isinstance(made, Chain) else Chain((made,))
+
+
+def _fields(found):
+    return [*inspect.signature(found).parameters]
