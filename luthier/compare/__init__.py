@@ -1,0 +1,1 @@
+"""Compare ways of tuning one model on one task at equal budget, and say in plain words which pays off."""
