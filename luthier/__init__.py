@@ -1,0 +1,27 @@
+"""Luthier fits pretrained models to a task at the least cost.
+
+    import luthier
+    tuned = luthier.attach(model, "lora(rank=8) >> ssf()")     # any nn.Module; the base is never written
+    ...train tuned like the model it wraps...
+    tuned.save("out"); model = tuned.detach()                   # undo is exact, to the bit
+"""
+
+__version__ = "0.1.0"
+
+from .attach import Tuned, attach, attached, plan, switch
+from .errors import LuthierError
+from .method import Chain, Method, discover, parse, split
+from .save import load
+from .site import find, sites
+
+__all__ = ["Chain", "LuthierError", "Method", "Tuned", "attach", "attached", "discover", "find", "load", "parse", "plan", "sites",
+           "split", "switch"]
+
+
+def __getattr__(name):
+    """`luthier.zoo`, `luthier.tasks`, ... load when first used, so that `import luthier` stays quick."""
+    import importlib
+
+    if name in ("check", "compare", "cost", "evidence", "procedures", "save", "scenes", "systems", "tasks", "train", "zoo"):
+        return importlib.import_module(f"luthier.{name}")
+    raise AttributeError(f"module 'luthier' has no attribute {name!r}")

@@ -1,0 +1,546 @@
+"""How a base model carries attachments: one Patch per touched module, one Port per touched place of a token stream.
+
+Nothing here writes a base tensor. A patch is a callable put in a module's own __dict__ as `forward`; a port is a hook. Both are plain
+objects, so copy.deepcopy copies them with the model they serve, and taking them away restores the model to the very objects it had.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import DoesNotFit
+from .method import call
+from .state import Overlay
+from .tokens import Attention, Tokens
+
+KEY = "_luthier_host"
+
+
+class Host:
+    """What a base model carries. Made by the first attachment, gone with the last."""
+
+    def __init__(self, model):
+        self.model, self.owners, self.context = model, [], {}
+        self.patches, self.ports, self.stacks, self.handles = {}, {}, {}, []
+        self.flags = [(p, p.requires_grad) for p in model.parameters()]
+        self.fast = True
+
+    @staticmethod
+    def of(model, make=False):
+        host = model.__dict__.get(KEY)
+        if host is None and make:
+            host = model.__dict__[KEY] = Host(model)
+        return host
+
+    # -- adding and removing ------------------------------------------------------------------------------------
+    def add(self, entry):
+        s = entry.site
+        if s.kind == "stream":
+            self._port(s).entries.append(entry)
+        else:
+            self.patch(entry.module).add(entry)
+        if s.stack is not None and s.kind != "weight":
+            self._stack(s.stack)
+        self.refresh()
+
+    def patch(self, module):
+        if module not in self.patches:
+            self.patches[module] = Patch(self, module)
+        return self.patches[module]
+
+    def _port(self, s):
+        key = (s.module, s.layout)
+        if key not in self.ports:
+            self.ports[key] = (Mid if s.layout == "mid" else Port)(self, s)
+        return self.ports[key]
+
+    def _stack(self, stack):
+        if stack.module not in self.stacks:
+            self.stacks[stack.module] = StackPort(self, stack)
+
+    def drop(self, owner):
+        """Take one attachment out; with the last one, every trace of the host."""
+        for table in (self.patches, self.ports):
+            for key, place in list(table.items()):
+                place.entries = [e for e in place.entries if e.owner is not owner]
+                if not place.entries:
+                    place.remove()
+                    del table[key]
+        self.owners = [o for o in self.owners if o is not owner]
+        if not any(e.site.kind != "weight" for place in [*self.patches.values(), *self.ports.values()] for e in place.entries):
+            for s in self.stacks.values():
+                s.remove()
+            self.stacks = {}
+        self.refresh()
+        if not self.owners:
+            for p, flag in self.flags:
+                p.requires_grad_(flag)
+            self.model.__dict__.pop(KEY, None)
+
+    def refresh(self):
+        """After anything was added, removed or switched: who acts now."""
+        for place in [*self.patches.values(), *self.ports.values()]:
+            place.refresh()
+        for s in self.stacks.values():
+            s.inserted = None
+
+    # -- the tokens of the running forward ------------------------------------------------------------------------
+    def run(self, stack):
+        s = self.stacks.get(stack.module) if stack is not None else None
+        return s
+
+
+class Owner:
+    """One attachment's switch."""
+
+    def __init__(self, name):
+        self.name, self.active, self.context = name, True, {}
+
+
+class Entry:
+    """One method at one site: who (owner), what (method), where (site; module may differ for a tied twin), with which state."""
+
+    def __init__(self, owner, method, site, state, module=None, param=None):
+        self.owner, self.method, self.site, self.state = owner, method, site, state
+        self.module, self.param = module or site.module, param or site.param
+        self.twin = module is not None and module is not site.module
+        self.sets_bias = site.kind == "weight" and "b" in method.wants("weight")
+        self.fast = (site.kind == "weight" and site.layout in ("linear", "conv1d") and method.has("fast") and not self.twin)
+        self.fast_wants_weight = self.fast and bool({"W", "b"} & set(method.wants("fast")))
+
+    @property
+    def p(self):
+        if self.method.has("produce"):
+            return Overlay(self.state, self.method.produce(self.owner.context, self.state))
+        return self.state
+
+
+# -- weights and attention cores ----------------------------------------------------------------------------------
+
+
+class Patch:
+    """Stands in a module's forward. Weight entries compose weight() over the base tensor, then the longest suffix that has fast()
+    is added to the output; attend entries see the module's scaled_dot_product_attention before it runs."""
+
+    def __init__(self, host, module):
+        self.host, self.module, self.entries = host, module, []
+        self.inner = module.__dict__.get("forward")         # somebody else's instance forward is kept and called
+        module.forward = self
+        self.slow, self.quick, self.attends = [], [], []
+
+    def remove(self):
+        if self.inner is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.forward = self.inner
+
+    def add(self, entry):
+        self.entries.append(entry)
+
+    def refresh(self):
+        live = [e for e in self.entries if e.owner.active]
+        self.attends = [e for e in live if e.site.kind == "attend"]
+        weights, n = [e for e in live if e.site.kind == "weight"], 0
+        while self.host.fast and n < len(weights) and weights[-1 - n].fast:
+            n += 1
+            if weights[-n].fast_wants_weight:               # it reads the weight so far: nothing fast may come before it
+                break
+        self.slow, self.quick = weights[: len(weights) - n], weights[len(weights) - n:]
+
+    def __call__(self, *args, **kwargs):
+        if not self.attends:
+            return self._weights(*args, **kwargs)
+        with _Intercept(self.attends, self.host) as seen:
+            out = self._weights(*args, **kwargs)
+        if not seen.calls:
+            e = self.attends[0]
+            raise DoesNotFit(f"{type(e.method).__name__} works on the attention core of {e.site.name}, but "
+                             f"{type(self.module).__name__} ran without torch's scaled_dot_product_attention. "
+                             "Load the model with attn_implementation=\"sdpa\".")
+        return out
+
+    def _base(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) if self.inner is not None else type(self.module).forward(self.module, *args, **kwargs)
+
+    def _weights(self, *args, **kwargs):
+        y = self._slow(args, kwargs) if self.slow else self._base(*args, **kwargs)
+        if not self.quick:
+            return y
+        x, m = args[0] if args else next(iter(kwargs.values())), self.module
+        for e in self.quick:
+            rows, have = e.site.rows, {"x": x, "p": e.p}
+            if e.fast_wants_weight:
+                P, b = self.tensors(e.param, self.slow) if self.slow else (m._parameters[e.param], m._parameters.get("bias"))
+                have |= {"W": e.site.read(P), "b": None if b is None else e.site.read_b(b)}
+            if rows is None:
+                y = call(e.method, "fast", y=y, **have)
+            else:
+                y = _put(y, rows, call(e.method, "fast", y=_take(y, rows), **have))
+        return y
+
+    def tensors(self, param, entries):
+        """The module's parameter `param` and its bias (None stays None unless a method sets one) after these entries."""
+        P, b = self.module._parameters[param], self.module._parameters.get("bias")
+        for e in entries:
+            if e.param != param:
+                continue
+            s, have = e.site, {"p": e.p}
+            if not e.method.discards():
+                have["W"] = s.read(P)
+            if e.sets_bias:
+                full = b if b is not None else P.new_zeros(s.width)
+                W, new = call(e.method, "weight", b=s.read_b(full), **have)
+                b = None if new is None else s.write_b(full, new)
+            else:
+                W = call(e.method, "weight", **have)
+            P = s.write(P, W)
+        return P, b
+
+    def _slow(self, args, kwargs):
+        m, bias = self.module, None
+        params = list(dict.fromkeys(e.param for e in self.slow))
+        new = {}
+        for name in params:
+            new[name], bias = self.tensors(name, self.slow)
+        cls, P = type(m), new.get("weight")
+        if params == ["weight"] and self.inner is None and len(args) == 1 and not kwargs:
+            if cls.forward is nn.Linear.forward:
+                return F.linear(args[0], P, bias)
+            if cls.forward is nn.Conv2d.forward:
+                return m._conv_forward(args[0], P, bias)
+        if bias is not None and any(e.sets_bias for e in self.slow):
+            if "bias" in m._parameters:
+                new["bias"] = bias
+            else:
+                with shadowed(m, new):
+                    return self._base(*args, **kwargs) + bias
+        with shadowed(m, new):
+            return self._base(*args, **kwargs)
+
+
+@contextmanager
+def shadowed(module, tensors):
+    """Within, the module sees these tensors in place of its parameters: an instance attribute comes before nn.Module's own lookup,
+    so the registered parameters are never touched."""
+    try:
+        module.__dict__.update(tensors)
+        yield
+    finally:
+        for name in tensors:
+            module.__dict__.pop(name, None)
+
+
+def _take(y, rows):
+    return y[..., rows[0]:rows[1]] if isinstance(rows, tuple) else y.index_select(-1, rows.to(y.device))
+
+
+def _put(y, rows, new):
+    if isinstance(rows, tuple):
+        return torch.cat([y[..., :rows[0]], new.to(y.dtype), y[..., rows[1]:]], -1)
+    return y.index_copy(-1, rows.to(y.device), new.to(y.dtype))
+
+
+class _Intercept(TorchFunctionMode):
+    """Hands every scaled_dot_product_attention inside to the attend entries first."""
+
+    def __init__(self, entries, host):
+        super().__init__()
+        self.entries, self.host, self.calls = entries, host, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        stack = self.host.run(self.entries[0].site.stack)
+        t = stack.tokens if stack is not None else None
+        a = Attention(query, key, value, t, attn_mask, is_causal, scale, dropout_p, enable_gqa)
+        for e in self.entries:
+            a = call(e.method, "attend", a=a, p=e.p)
+            if isinstance(a, torch.Tensor):
+                return a
+        if stack is not None:
+            stack.tokens = a.t
+        return a.run()
+
+
+# -- token streams ------------------------------------------------------------------------------------------------
+
+
+class StackPort:
+    """Around one run of blocks: starts its Tokens, keeps masks and positions right for inserted tokens, takes them out at the end."""
+
+    def __init__(self, host, stack):
+        self.host, self.stack, self.tokens, self.inserted, self.spans = host, stack, None, None, {}
+        self.handles = [stack.module.register_forward_pre_hook(self.before, with_kwargs=True),
+                        stack.module.register_forward_hook(self.after, with_kwargs=True)]
+        if stack.embed == "out":                            # heads inside the stack must not see inserted tokens
+            end = stack.final_module if stack.final_module is not None else stack.last_block
+            if end is not None:
+                self.handles.append(end.register_forward_hook(self.leave))
+        self.cache = self.proto = None
+
+    def remove(self):
+        for h in self.handles:
+            h.remove()
+        self.tokens = self.proto = self.cache = None
+
+    def embed_port(self):
+        return self.host.ports.get((self.stack.embed_module, "out"))
+
+    def length(self):
+        """How many tokens the methods at the embedding insert; found once by running them on a dummy stream."""
+        if self.inserted is None:
+            port, s = self.embed_port(), self.stack
+            self.inserted, self.spans = 0, {}
+            if port is not None and port.live and s.dim:
+                like = next(s.module.parameters())
+                t = Tokens(like.new_zeros(1, s.fixed + 8, s.dim), fixed=s.fixed, causal=s.causal)
+                with torch.no_grad():
+                    for e in port.live:
+                        t = call(e.method, "stream", t=t, p=e.p)
+                self.inserted, self.spans = t.h.shape[1] - s.fixed - 8, t.spans
+                if self.inserted and s.insert:
+                    raise DoesNotFit(f"{type(port.live[0].method).__name__} inserts tokens at {port.site.name}, which cannot "
+                                     f"hold them: {s.insert}. Use a method that changes weights or streams in place.")
+        return self.inserted
+
+    def before(self, module, args, kwargs):
+        s, n = self.stack, self.length()
+        past = kwargs.get("past_key_values")
+        seen = _length(past)
+        cached = getattr(past, "_luthier_inserted", 0) if seen else 0
+        if seen and cached != n:
+            raise DoesNotFit(f"This KV cache holds {cached} inserted tokens, the chain inserts {n}. Start generation afresh "
+                             "after attaching, detaching or switching.")
+        mask = kwargs.get("attention_mask")
+        if n:
+            if mask is None and s.embed == "ids":
+                pass                                        # the model makes its mask from the longer stream itself
+            elif torch.is_tensor(mask) and mask.dim() == 2:
+                at = 0 if seen else s.fixed
+                kwargs["attention_mask"] = mask = torch.cat([mask[:, :at], mask.new_ones(len(mask), n), mask[:, at:]], 1)
+            elif mask is not None:
+                raise DoesNotFit(f"{s.name or 'the model'} was given an attention mask that is not (batch, tokens); "
+                                 "with inserted tokens pass the padding mask itself.")
+            if s.embed == "ids":
+                for name in ("position_ids", "cache_position"):
+                    pos = kwargs.get(name)
+                    if torch.is_tensor(pos):
+                        new = torch.arange(n, device=pos.device).expand(*pos.shape[:-1], n)
+                        kwargs[name] = pos + n if seen else torch.cat([new.to(pos.dtype), pos + n], -1)
+        if torch.is_tensor(kwargs.get("encoder_attention_mask")) and torch.is_tensor(kwargs.get("encoder_hidden_states")):
+            em, states = kwargs["encoder_attention_mask"], kwargs["encoder_hidden_states"]
+            if em.dim() == 2 and states.shape[1] > em.shape[1]:   # tokens inserted into the encoder are seen by the decoder
+                kwargs["encoder_attention_mask"] = torch.cat([em.new_ones(len(em), states.shape[1] - em.shape[1]), em], 1)
+        keymask = mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else None
+        memory = None                                       # a cache, or a decoder that may be about to make one
+        if past is not None or (s.embed == "ids" and not torch.is_grad_enabled()):
+            memory = past.__dict__.setdefault("_luthier_memory", {}) if past is not None else {}
+            if not seen:
+                memory.clear()
+        self.proto = dict(fixed=s.fixed, causal=s.causal, decoding=bool(seen), memory=memory, keymask=keymask)
+        self.tokens = self.cache = None
+        if s.embed == "ids" and (port := self.embed_port()) is not None and port.live:
+            args, kwargs = self._embed(port, module, args, kwargs, n)
+        return args, kwargs
+
+    def _embed(self, port, module, args, kwargs, n):
+        """A decoder's embedding: run it here and hand the stream over as inputs_embeds, so that the model itself builds
+        positions and causal masks for the tokens that were inserted."""
+        h = kwargs.get("inputs_embeds")
+        if h is None:
+            ids = kwargs.pop("input_ids", None)
+            if ids is None:
+                ids, args = args[0], args[1:]
+            h = self.stack.embed_module(ids)
+        if n and self.proto["keymask"] is not None and not self.proto["decoding"]:
+            full = self.proto["keymask"]                    # insert() lengthens it itself
+            self.proto["keymask"] = torch.cat([full[:, :self.stack.fixed], full[:, self.stack.fixed + n:]], 1)
+        kwargs.pop("input_ids", None)
+        kwargs["inputs_embeds"] = port.through(h)
+        return args, kwargs
+
+    def take(self, h):
+        """The running Tokens with stream h; fresh ones where none run or the stream has been re-cut since."""
+        t = self.tokens
+        if t is not None and t.h is not None and t.h.shape[:2] == h.shape[:2]:
+            return replace(t, h=h)
+        proto = dict(self.proto or dict(fixed=self.stack.fixed, causal=self.stack.causal))
+        mask, lanes = proto.get("keymask"), {}
+        if mask is not None and mask.shape[1] >= h.shape[1]:
+            lanes["mask"] = mask[:, mask.shape[1] - h.shape[1]:, None]
+        return Tokens(h, lanes, **proto)
+
+    def leave(self, module, args, out):
+        """Inserted tokens leave before heads that must not see them."""
+        t = self.tokens
+        if t is None or not t.spans or self.keeps():
+            return out
+        h = out[0] if isinstance(out, tuple) else out
+        if h.shape[1] != t.h.shape[1]:
+            return out
+        t = replace(t, h=h)
+        for name in list(t.spans):
+            t = t.drop(name)
+        self.tokens = t
+        return (t.h, *out[1:]) if isinstance(out, tuple) else t.h
+
+    def keeps(self):
+        """An encoder whose decoder attends to it hands its inserted tokens on."""
+        return self.stack.name == "encoder" and self.stack.hands_on
+
+    def after(self, module, args, kwargs, out):
+        past = out.get("past_key_values") if hasattr(out, "get") else kwargs.get("past_key_values")
+        if past is not None and hasattr(past, "__dict__"):
+            past._luthier_inserted = self.inserted
+            if "_luthier_memory" not in past.__dict__ and self.proto["memory"] is not None:
+                past._luthier_memory = self.proto["memory"]
+        t = self.tokens
+        if self.stack.embed == "ids" and t is not None and t.spans and not t.decoding and not self.keeps():
+            lo = self.stack.fixed
+
+            def cut(h):
+                return torch.cat([h[:, :lo], h[:, lo + self.inserted:]], 1)
+
+            if isinstance(out, tuple):
+                out = (cut(out[0]), *out[1:])
+            elif torch.is_tensor(out):
+                out = cut(out)
+            else:
+                out["last_hidden_state"] = cut(out["last_hidden_state"])
+        self.tokens = self.proto = None
+        return out
+
+
+def _length(past):
+    if past is None or not hasattr(past, "get_seq_length"):
+        return 0
+    return int(past.get_seq_length())
+
+
+class Port:
+    """A place of a token stream: the input or the output of a module, with the entries that act there, in chain order."""
+
+    def __init__(self, host, site):
+        self.host, self.site, self.entries, self.live, self.saved = host, site, [], [], None
+        self.handles = [site.module.register_forward_pre_hook(self.enter, with_kwargs=True) if site.layout == "in"
+                        else site.module.register_forward_hook(self.leave)]
+
+    def remove(self):
+        for h in self.handles:
+            h.remove()
+
+    def refresh(self):
+        self.live = [e for e in self.entries if e.owner.active]
+
+    def enter(self, module, args, kwargs):
+        if not self.live:
+            return None
+        if args:
+            return (self.through(args[0]), *args[1:]), kwargs
+        name = next(k for k, v in kwargs.items() if torch.is_tensor(v) and v.is_floating_point())
+        return args, {**kwargs, name: self.through(kwargs[name])}
+
+    def leave(self, module, args, out):
+        if not self.live:
+            return None
+        stack = self.host.run(self.site.stack)
+        if stack is not None and stack.stack.embed == "ids" and module is stack.stack.embed_module:
+            return None                                     # a decoder's embedding is run by its stack
+        if isinstance(out, tuple):
+            return (self.through(out[0]), *out[1:])
+        if torch.is_tensor(out):
+            return self.through(out)
+        out["last_hidden_state"] = self.through(out["last_hidden_state"])
+        return out
+
+    def through(self, x):
+        """x: (B, T, D), (N, D), or a feature map (B, D, H, W) or (B, H, W, D), which is read as H·W tokens."""
+        h, back = _as_tokens(x, self.site.d_out)
+        stack = self.host.run(self.site.stack)
+        t = stack.take(h) if stack is not None else Tokens(h)
+        if stack is not None and _recomputing() and self.saved is not None:
+            t = replace(self.saved, h=h)                    # gradient checkpointing runs this block again: with the lanes it had
+        elif stack is not None and t.lanes and torch.is_grad_enabled() and getattr(stack.stack, "checkpointed", lambda: False)():
+            self.saved = replace(t, h=h[:0])
+        for e in self.live:
+            t = call(e.method, "stream", t=t, p=e.p)
+        if stack is not None:
+            stack.tokens = t
+        if t.h.shape[1] != h.shape[1] and back is not None:
+            raise DoesNotFit(f"{type(self.live[-1].method).__name__} changed the number of tokens at {self.site.name}, "
+                             "a feature map that must keep its shape.")
+        return t.h if back is None else back(t.h)
+
+
+def _recomputing():
+    return torch._C._current_graph_task_id() != -1
+
+
+def _as_tokens(x, d):
+    if x.dim() == 4 and x.shape[1] == d:
+        B, D, H, W = x.shape
+        return x.flatten(2).mT, lambda h: h.mT.reshape(B, D, H, W)
+    if x.dim() == 4:
+        shape = x.shape
+        return x.flatten(1, 2), lambda h: h.view(shape)
+    if x.dim() == 2:
+        return x[None], lambda h: h[0]
+    return x, None
+
+
+class Mid(Port):
+    """Between attention and MLP of a pre-norm block, where the residual is the block's own business and no hook can reach it.
+
+    Let M average tokens into groups and U copy a group's value back to its tokens, so M U = 1. Merging before the MLP would give
+    M h + f(M h). The block computes h + f(·); feeding f with M h and returning U f(M h) from it leaves h + U f(M h), and merging
+    the block's output gives M h + M U f(M h) = M h + f(M h): exact, with the MLP run on the merged tokens only.
+    """
+
+    def __init__(self, host, site):
+        super().__init__(host, replace(site, layout="in", module=site.mid[0]))
+        norm, mlp, block = site.mid
+        self.block, self.merged, self.weight = block, None, None
+        self.handles += [mlp.register_forward_hook(self.spread),
+                         block.register_forward_hook(self.shrink, prepend=True)]
+
+    def through(self, x):
+        stack = self.host.run(self.site.stack)
+        t = stack.take(x).marked()
+        size = t.size
+        for e in self.live:
+            t = call(e.method, "stream", t=t, p=e.p)
+        stack.tokens, self.merged = t, None
+        if t.h.shape[1] != x.shape[1]:
+            if self.site.stack.insert:
+                raise DoesNotFit(f"{type(self.live[-1].method).__name__} changes the number of tokens at {self.site.name}: "
+                                 f"{self.site.stack.insert}.")
+            self.merged, self.weight = t, size
+        return t.h
+
+    def spread(self, module, args, out):
+        if self.merged is None:
+            return None
+        group = self.merged.group
+        y = out.gather(1, group.clamp(min=0)[..., None].expand(*group.shape, out.shape[-1]))
+        return y * (group >= 0)[..., None].to(y.dtype) if bool((group < 0).any()) else y
+
+    def shrink(self, module, args, out):
+        t, self.merged = self.merged, None
+        if t is None:
+            return None
+        h = out[0] if isinstance(out, tuple) else out
+        w = self.weight.to(h.dtype) * (t.group >= 0)[..., None].to(h.dtype)
+        index, B, T, D = t.group.clamp(min=0)[..., None], *t.h.shape
+        total = h.new_zeros(B, T, D).scatter_add(1, index.expand_as(h), h * w)
+        h = total / h.new_zeros(B, T, 1).scatter_add(1, index, w)
+        stack = self.host.run(self.site.stack)
+        stack.tokens = replace(t, h=h, group=None)
+        return (h, *out[1:]) if isinstance(out, tuple) else h

@@ -1,0 +1,64 @@
+"""The tensors of one step at one site: what trains, what is frozen, and what can be recomputed and so is never stored."""
+
+import torch
+from torch import nn
+
+
+class Fixed:
+    """A frozen tensor that `init` can make again (a random basis, an SVD of the base): kept in memory, left out of files."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class State(nn.Module):
+    """p: what init returned, as attributes. `key` names the step, `site_name` the site."""
+
+    def __init__(self, tensors, key, site_name):
+        super().__init__()
+        self.key, self.site_name, self.fixed_names, self.moved = key, site_name, set(), {}
+        for name, v in tensors.items():
+            if isinstance(v, nn.Parameter):
+                self.register_parameter(name, v)
+            elif isinstance(v, Fixed):
+                self.fixed_names.add(name)
+                self.register_buffer(name, v.tensor.detach(), persistent=False)
+            elif isinstance(v, torch.Tensor):
+                self.register_buffer(name, v.detach())
+            else:
+                setattr(self, name, v)
+
+    def resize(self, name, new, kept):
+        """Give parameter `name` the values `new`; kept[i] is the old place along dim 0 of new entry i, or -1 for a newborn.
+        The Parameter object stays the same, so optimizers keep hold of it; `Tuned.step` carries their state over by `kept`."""
+        p = getattr(self, name)
+        before = self.moved[name][1] if name in self.moved else None
+        if before is not None:                             # resized twice before the optimizer heard of it
+            kept = torch.where(kept >= 0, before.to(kept.device)[kept.clamp(min=0)], -1)
+        self.moved[name] = (p, kept)
+        p.data, p.grad = new.detach().to(p.dtype), None
+
+    def stored(self):
+        """name -> tensor of everything a file must hold."""
+        return {**dict(self.named_parameters()), **{n: b for n, b in self.named_buffers() if n not in self.fixed_names}}
+
+
+def follow(optimizer, moved):
+    """Carry an optimizer's state over for parameters that were resized: survivors keep theirs, newborn entries get zeros."""
+    for p, kept in moved:
+        for name, v in optimizer.state.get(p, {}).items():
+            if torch.is_tensor(v) and v.dim() and v.shape[1:] == p.shape[1:]:
+                kept = kept.to(v.device)
+                alive = (kept >= 0).view(-1, *[1] * (v.dim() - 1))
+                optimizer.state[p][name] = torch.where(alive, v[kept.clamp(min=0)], 0) if len(v) else v.new_zeros(p.shape)
+
+
+class Overlay:
+    """A state with produced tensors laid over it (see the verb `produce`)."""
+
+    def __init__(self, state, over):
+        self.__dict__.update(over)
+        self._state = state
+
+    def __getattr__(self, name):
+        return getattr(self._state, name)
