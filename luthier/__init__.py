@@ -11,7 +11,6 @@ __version__ = "0.1.0"
 from .attach import Tuned, attach, attached, plan, switch
 from .errors import LuthierError
 from .method import Chain, Method, discover, parse, split
-from .save import load
 from .site import find, sites
 
 __all__ = ["Chain", "LuthierError", "Method", "Tuned", "attach", "attached", "discover", "find", "load", "parse", "plan", "sites",
@@ -22,6 +21,8 @@ def __getattr__(name):
     """`luthier.zoo`, `luthier.tasks`, ... load when first used, so that `import luthier` stays quick."""
     import importlib
 
+    if name == "load":
+        return importlib.import_module("luthier.save").load
     if name in ("check", "compare", "cost", "evidence", "procedures", "save", "scenes", "systems", "tasks", "train", "zoo"):
         return importlib.import_module(f"luthier.{name}")
     raise AttributeError(f"module 'luthier' has no attribute {name!r}")
