@@ -1,4 +1,4 @@
-"""Everything is in pyproject.toml but one step: the records in evidence/ travel in the wheel as luthier/evidence/records/*.json."""
+"""All is in pyproject.toml but one step: the records in evidence/ travel in the wheel as luthier/evidence/records/*.json."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,8 @@
 """The 245 published systems and what stored evidence says of each.
 
-`data/systems.json` holds what does not change (id, name, kind, family, fit, when the system counts as working). The *state* is never
-typed there: it is read from a record that `luthier evidence ID` wrote. Three systems are listed under two ids; both share one record.
+`data/systems.json` holds what does not change (id, name, kind, family, fit, when the system counts as working). The *state* is
+never typed there: it is read from a record that `luthier evidence ID` wrote. Three systems are listed under two ids; both share
+one record.
 """
 
 import json

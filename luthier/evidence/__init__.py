@@ -1,10 +1,10 @@
 """Evidence: one small file a system that runs what the system *works when*, and a record of what came out.
 
-A runner (`luthier/evidence/b105.py`, named by the system's id) states `SYSTEM CLAIM BASELINE MODEL DATA MINUTES SEEDS` and two functions:
+A runner (`luthier/evidence/b105.py`, named by the id) states `SYSTEM CLAIM BASELINE MODEL DATA MINUTES SEEDS METHODS` and
     run(seeds)       -> {"per_seed": {name: [one number a seed]}, "facts": {name: anything JSON holds}}
     verdict(figures) -> (verdict, reasons), from these figures and thresholds written in the file, and from nothing else.
-`run(name)` here adds seeds, versions, cores, time and command, and writes `evidence/ID.json` whole or not at all. Because a verdict is a
-function of stored figures, a test derives every stored verdict anew: nobody can type one.
+`run(name)` here adds seeds, versions, cores, time and command, and writes `evidence/ID.json` whole or not at all. Because a
+verdict is a function of stored figures, a test derives every stored verdict anew: nobody can type one.
 """
 
 import importlib
@@ -35,7 +35,8 @@ def runner(name):
     for id in (r["id"], r.get("same_as")):
         if id in names():
             return importlib.import_module(f"luthier.evidence.{id.lower()}")
-    raise UnknownName(f"{r['id']} ({r['name']}) has no runner yet. {nearest(r['id'], names())} `luthier evidence --list` shows all.")
+    raise UnknownName(f"{r['id']} ({r['name']}) has no runner yet. {nearest(r['id'], names())} "
+                      "`luthier evidence --list` shows all.")
 
 
 def parse_seeds(text):
@@ -58,13 +59,14 @@ def run(name, seeds=None, out=None):
     module, began = runner(name), time.time()
     seeds = list(module.SEEDS) if seeds is None else parse_seeds(seeds)
     if len(seeds) < LEAST_SEEDS:
-        raise LuthierError(f"{module.SYSTEM} needs {LEAST_SEEDS} seeds or more for an interval, got {len(seeds)}: add seeds to --seeds.")
+        raise LuthierError(f"{module.SYSTEM} needs {LEAST_SEEDS} seeds or more for an interval, not {len(seeds)}. Add seeds.")
     figures = _plain(module.run(seeds))
-    verdict, reasons = module.verdict(figures)
+    (verdict, reasons), id = module.verdict(figures), module.SYSTEM
     found = dict(
-        schema=1, system=module.SYSTEM, name=row(module.SYSTEM)["name"], claim=module.CLAIM, baseline=module.BASELINE, model=module.MODEL,
-        data=module.DATA, command=f"luthier evidence {module.SYSTEM} --seeds {','.join(map(str, seeds))}", seeds=seeds, figures=figures,
-        intervals={k: _plain(interval(v)) for k, v in figures["per_seed"].items()}, verdict=verdict, reasons=list(reasons),
+        schema=1, system=id, name=row(id)["name"], claim=module.CLAIM, baseline=module.BASELINE, model=module.MODEL,
+        data=module.DATA, command=f"luthier evidence {id} --seeds {','.join(map(str, seeds))}", seeds=seeds,
+        figures=figures, intervals={k: _plain(interval(v)) for k, v in figures["per_seed"].items()},
+        verdict=verdict, reasons=list(reasons),
         versions=_versions(), machine=_machine(), minutes=round((time.time() - began) / 60, 2))
     problems = faults(found)
     if problems:
@@ -85,19 +87,20 @@ def faults(found):
     bad += [f"{k} has {len(v)} values for {len(seeds)} seeds" for k, v in per_seed.items() if len(v) != len(seeds)]
     bad += [f"{k} has no interval" for k in per_seed if k not in found["intervals"]]
     bad += ["no reasons"] if not found["reasons"] else []
-    bad += [f"command {found['command']!r}"] if not found["command"].startswith(f"luthier evidence {found['system']} --seeds ") else []
+    command = f"luthier evidence {found['system']} --seeds {','.join(map(str, seeds))}"
+    bad += [f"its command is {found['command']!r}, not {command!r}"] if found["command"] != command else []
     return bad
 
 
-# -- verdicts: every claim is a pair (met, sentence with the figures in it) --------------------------------------------------------------
+# -- verdicts: every claim is a pair (met, sentence with the figures in it) ----------------------------------
 
 def beats(figures, a, b, what="", by=0.0):
     """a exceeds b, paired over seeds: the 95% interval of the difference lies above `by`."""
     from luthier.compare.stats import paired
 
     mean, low, high = paired(figures["per_seed"][a], figures["per_seed"][b])
-    n = len(figures["per_seed"][a])
-    return low > by, f"{what or f'{a} beats {b}'}: difference {mean:+.4g} (95% {low:+.4g} to {high:+.4g}, {n} seeds), needed above {by:g}"
+    what = what or f"{a} beats {b}"
+    return low > by, f"{what}: difference {mean:+.4g} (95% {low:+.4g} to {high:+.4g}), interval needed above {by:g}"
 
 
 def not_below(figures, a, b, margin=0.0, what=""):
@@ -105,8 +108,8 @@ def not_below(figures, a, b, margin=0.0, what=""):
     from luthier.compare.stats import paired
 
     mean, low, high = paired(figures["per_seed"][a], figures["per_seed"][b])
-    return mean >= -margin, (f"{what or f'{a} no worse than {b}'}: difference {mean:+.4g} (95% {low:+.4g} to {high:+.4g}), "
-                             f"needed {-margin:+g} or more")
+    what = what or f"{a} no worse than {b}"
+    return mean >= -margin, f"{what}: difference {mean:+.4g} (95% {low:+.4g} to {high:+.4g}), mean needed at {-margin:g} or more"
 
 
 def fact(met, sentence):
@@ -114,7 +117,7 @@ def fact(met, sentence):
 
 
 def judge(main, also=()):
-    """All claims met: reproduced. No main claim met: not reproduced. Otherwise partly. `main` are comparisons, `also` mechanics."""
+    """All claims met: reproduced. No main claim met: not reproduced. Else partly. `main`: comparisons, `also`: mechanics."""
     main, also = list(main), list(also)
     reasons = [f"{'met' if ok else 'NOT met'}: {text}" for ok, text in main + also]
     if all(ok for ok, _ in main + also):
@@ -122,7 +125,7 @@ def judge(main, also=()):
     return ("partly" if any(ok for ok, _ in main) else "not reproduced"), reasons
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 def _plain(value):
     """Tensors and numpy numbers to plain JSON values, floats to 6 significant digits."""
