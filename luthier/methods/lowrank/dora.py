@@ -1,0 +1,36 @@
+"""Magnitude and direction, tuned apart.    W' = m ⊙ V / ‖V‖,   V = W + (α/r)·B A,   m: (d_out, 1) = ‖W‖
+Liu et al., DoRA, 2024. arXiv:2402.09353 §4.1, eq. 5; the norm is a constant to the gradient, §4.3.
+
+The paper calls the norm column-wise; the authors' code and peft take it over the inputs of each output (`dim=1` of a
+(d_out, d_in) weight), one magnitude per output feature. So does this file.
+"""
+
+import torch
+
+from luthier.method import Method, method
+
+
+@method
+class dora(Method):
+    at: str = "attn.q attn.v"
+    rank: int = 8
+    alpha: float = 16.0                    # the update is scaled by alpha / rank
+
+    def init(self, site):                  # trains rank * (d_in + d_out) + d_out
+        A, m = site.normal(self.rank, site.d_in, std=site.d_in**-0.5), site.zeros(site.d_out, 1)
+        m.data += site.W.norm(dim=1, keepdim=True)
+        return dict(A=A, B=site.zeros(site.d_out, self.rank), m=m)
+
+    def weight(self, W, p):                # (d_out, d_in)
+        V = W + self.alpha / self.rank * p.B @ p.A
+        return self._scale(V, p) * V
+
+    def fast(self, x, y, p, W, b):         # y = x Wᵀ + b; the bias is no part of the direction
+        with torch.no_grad():
+            V = W + self.alpha / self.rank * p.B @ p.A
+        b = 0 if b is None else b
+        return self._scale(V, p)[:, 0] * (y - b + self.alpha / self.rank * x @ p.A.T @ p.B.T) + b
+
+    def _scale(self, V, p):                # (d_out, 1); a row of zeros has no direction, and stays
+        norm = V.detach().norm(dim=1, keepdim=True)
+        return torch.where(norm > 0, p.m / norm, 1)

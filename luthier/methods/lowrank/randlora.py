@@ -1,0 +1,38 @@
+"""A full-rank update from fixed random bases; only diagonals train.    W' = W + c Σ_j B_j Λ_j A Γ_j,   j = 1..n
+Albert et al., RandLoRA, ICLR 2025. arXiv:2502.00987 §4; constants after the authors' peft code. With d = min(d_out, d_in),
+D = max, n = ⌈d/r⌉: B_j: (D, r) and A: (r, d) are random with unit standard deviation, shared by all sites of one shape;
+Λ_j: (r,) = 0 and Γ_j: (d,) = 1/d train. Where d_out < d_in the sum is transposed, so that Γ is always the short side.
+
+`ternary` draws the bases from {-1, 0, +1} with probabilities 1/6, 2/3, 1/6 (§5, sparse bases).
+"""
+
+from luthier.method import Method, method
+
+
+@method
+class randlora(Method):
+    at: str = "attn.q attn.v"
+    rank: int = 32
+    scale: float = 20.0                    # c; peft calls it alpha / rank
+    ternary: bool = False
+
+    def init(self, site):                  # trains n * (rank + d)
+        d, D = sorted((site.d_out, site.d_in))
+        r = min(self.rank, d)
+        n = -(-d // r)
+        G = site.zeros(n, d)
+        G.data += 1 / d
+        A = site.shared("A", lambda: self._base(site, r, d), group=(D, d))
+        B = site.shared("B", lambda: self._base(site, D, n * r), group=(D, d))      # [B_1 ... B_n]
+        return dict(L=site.zeros(n, r), G=G, A=A, B=B)
+
+    def weight(self, W, p):                # (d_out, d_in); n r d multiply-adds a row: cheaper than x Aᵀ Bᵀ beyond d tokens
+        A = (p.L[:, :, None] * p.A * p.G[:, None, :]).flatten(0, 1)                 # [Λ_j A Γ_j]: (n r, d)
+        delta = p.B @ A
+        return W + self.scale * (delta if delta.shape == W.shape else delta.T)
+
+    def _base(self, site, rows, cols):
+        base = site.random(rows, cols)
+        if self.ternary:
+            base = base.sign() * (base.abs() > 0.967422)                            # P(|N(0, 1)| > 0.967422) = 1/3
+        return site.fixed(base / base.std())

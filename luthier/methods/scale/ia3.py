@@ -1,0 +1,23 @@
+"""Rescaled keys, values and hidden activations.    k' = l_k ⊙ k,   v' = l_v ⊙ v,   FFN: W_down (l_ff ⊙ σ(W_up x))
+Liu et al., (IA)³, 2022. arXiv:2205.05638 §3.3. As weights: W_k' = diag(l_k) W_k with b' = l_k ⊙ b, W_down' = W_down diag(l_ff);
+l = 1 at init. (The authors' T5 code scales the ungated half of a gated FFN, which gives the same product.)
+"""
+
+import torch
+
+from luthier.method import Method, method
+
+
+@method
+class ia3(Method):
+    at: str = "attn.k attn.v mlp.down"
+
+    def init(self, site):                  # trains d_in at mlp.down, else d_out
+        into = site.role == "mlp.down"
+        return dict(into=site.ones(site.d_in)) if into else dict(out=site.ones(site.d_out))
+
+    def weight(self, W, p, b):             # (d_out, d_in), (d_out,)
+        return (W * p.into, b) if hasattr(p, "into") else (p.out[:, None] * W, p.out * b)
+
+    def fast(self, x, y, p, W):
+        return y + torch.nn.functional.linear(x * (p.into - 1), W) if hasattr(p, "into") else p.out * y

@@ -1,0 +1,21 @@
+"""Scale and shift every feature.    y' = γ ⊙ y + β,   as weights W' = diag(γ) W,  b' = γ ⊙ b + β
+Lian et al., SSF, 2022. arXiv:2210.08823 §3.2, merging eq. 4. After every linear, convolution and norm, patch embedding and final
+norm included; γ, β: (d_out,). γ = 1 and β = 0 at init, so that nothing changes before training (the authors' code draws them
+from N(1, 0.02²) and N(0, 0.02²)). The task head trains as it is and is not scaled.
+"""
+
+from luthier.method import Method, method
+
+
+@method
+class ssf(Method):
+    at: str = "linear conv norm"
+
+    def init(self, site):                  # trains 2 d_out
+        return dict(gamma=site.ones(site.d_out), beta=site.zeros(site.d_out))
+
+    def weight(self, W, p, b):             # (d_out, d_in), (d_out,)
+        return p.gamma[:, None] * W, p.gamma * b + p.beta
+
+    def fast(self, y, p):
+        return p.gamma * y + p.beta
