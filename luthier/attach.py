@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import BadOrder, DoesNotFit, LuthierError, NotMergeable, ScheduleNotStepped
-from .host import Entry, Host, Owner
+from .host import Entry, Host, Owner, fetch, place
 from .method import Chain, call, parse
 from .site import find, sites
 from .state import State, follow
@@ -35,6 +35,7 @@ class Plan:
     chain: Chain
     steps: tuple
     notes: tuple = ()
+    stacks: tuple = ()
 
 
 @dataclass
@@ -78,7 +79,7 @@ def plan(model, chain):
                     if _overlap(s, other):
                         raise BadOrder(f"{name} replaces the weight of {s.name}, losing {who}. "
                                        f"Put {name} first, or merge() before it.")
-                P = s.module._parameters[s.param]
+                P = s.parameter
                 if id(P) in first and s.tied and s.rows is None and first[id(P)].name in s.tied:
                     twins[s] = first[id(P)]
                 first.setdefault(id(P), s)
@@ -90,14 +91,17 @@ def plan(model, chain):
         notes += [f"{s.name} is tied to {', '.join(s.tied)}: {'they change together' if here & set(s.tied) else 'it is untied while attached'}."
                   for s in found if s.tied and s.kind == "weight"]
         steps.append(Step(k, m, tuple(found), twins))
-    return Plan(base, chain, tuple(steps), tuple(dict.fromkeys(notes)))
+    return Plan(base, chain, tuple(steps), tuple(dict.fromkeys(notes)), tuple(every.stacks))
 
 
 def _weight_fits(m, name, s):
     if type(s.module).__name__ == "NonDynamicallyQuantizableLinear":
         raise DoesNotFit(f"{name} cannot reach {s.name}: torch's MultiheadAttention reads this weight without calling the layer.")
-    if not torch.is_floating_point(s.module._parameters[s.param]) and not m.discards():
-        raise DoesNotFit(f"{name} needs a floating-point weight; {s.name} holds {s.module._parameters[s.param].dtype}.")
+    if not torch.is_floating_point(s.parameter) and not m.discards():
+        raise DoesNotFit(f"{name} needs a floating-point weight; {s.name} holds {s.parameter.dtype}.")
+    if "b" in m.wants("weight") and not s.bias and s.layout in ("stack", "raw") and m.has("fast"):
+        raise DoesNotFit(f"{name} sets a bias, and {s.name} has none and cannot be given one. "
+                         f"Leave it out: {name}(at=\"{m.at} -{s.name}\").")
 
 
 def _overlap(a, b):
@@ -120,6 +124,7 @@ def attach(model, chain, data=(), *, seed=0, name=None, loss=None, state=None):
     `loss(model, batch)` where they need gradients and the model returns none. Nothing changes if anything is refused."""
     todo = plan(model, chain)
     host = Host.of(todo.model, make=True)
+    host.towers = todo.stacks
     names = {o.name for o in host.owners}
     if name in names:
         raise BadOrder(f"An attachment named {name!r} is on this model already. Choose another name, or detach() it first.")
@@ -158,7 +163,7 @@ class Tuned(nn.Module):
             self._states_of[i], pool = {}, self._pools.setdefault(i, {})
             bound = {s: s.bound(seed=self.seed, step=i, pool=pool, n_sites=len(step.sites), rank=r)
                      for r, s in enumerate(step.sites)}
-            observed = m.has("observe") and (state is None or any(k not in state for k in ()))
+            observed = m.has("observe") and state is None
             for group in self._groups(step, observed):
                 seen = self._calibrate(m, group, data, loss) if observed else {}
                 for s in group:
@@ -247,7 +252,7 @@ class Tuned(nn.Module):
                         if not wants_g:
                             self.model(**batch)
                             continue
-                        flags = [(s.module._parameters[s.param], s.module._parameters[s.param].requires_grad) for s in group]
+                        flags = [(s.parameter, s.parameter.requires_grad) for s in group]
                         for P, _ in flags:
                             P.requires_grad_(True)
                         out = loss(self.model, batch) if loss else self.model(**batch)
@@ -385,18 +390,19 @@ class Tuned(nn.Module):
         for module, patch in mine:                          # all of it is computed before any of it is set
             for param in dict.fromkeys(e.param for e in patch.entries):
                 P, b = patch.tensors(param, patch.entries)
-                old_b = module._parameters.get("bias")
-                twins = (id(module._parameters[param]), tuple(id(e.state) for e in patch.entries))
-                made = done.setdefault(twins, nn.Parameter(P.detach().clone(), requires_grad=False))
-                new.append((module, param, module._parameters[param], made))
-                if b is not None and b is not old_b:
+                old, bias = fetch(module, param), patch.bias(param)
+                shared = (id(old), tuple(id(e.state) for e in patch.entries))     # tied twins stay one Parameter
+                new.append((*place(module, param), old, done.setdefault(shared, _frozen(P))))
+                if bias and any(e.sets_bias for e in patch.entries):
+                    new.append((*place(module, bias), fetch(module, bias), _frozen(b)))
+                elif b is not None and not bias:
                     if "bias" not in module._parameters and b.count_nonzero():
                         raise NotMergeable(f"{type(patch.entries[0].method).__name__} gives {patch.entries[0].site.name} a bias, "
                                            f"and a {type(module).__name__} has none. Keep it attached.")
                     if "bias" in module._parameters:
-                        new.append((module, "bias", old_b, nn.Parameter(b.detach().clone(), requires_grad=False)))
-        for module, param, _, made in new:
-            module._parameters[param] = made
+                        new.append((module, "bias", None, _frozen(b)))
+        for home, param, _, made in new:
+            home._parameters[param] = made
         for module, patch in mine:
             patch.remove()
             del self._host.patches[module]
@@ -416,8 +422,8 @@ class Tuned(nn.Module):
     def unmerge(self):
         """Back to the base tensors (the very same objects) with the chain attached."""
         for new, mine, config in self._merged:
-            for module, param, old, _ in new:
-                module._parameters[param] = old
+            for home, param, old, _ in new:
+                home._parameters[param] = old
             for module, patch in mine:
                 module.forward = patch
                 self._host.patches[module] = patch
@@ -464,6 +470,10 @@ class Tuned(nn.Module):
 
     def extra_repr(self):
         return f"{self.chain!r}, name={self.name!r}"
+
+
+def _frozen(tensor):
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
 class _Enough(Exception):

@@ -25,7 +25,7 @@ class Host:
 
     def __init__(self, model):
         self.model, self.owners, self.context = model, [], {}
-        self.patches, self.ports, self.stacks, self.handles = {}, {}, {}, []
+        self.patches, self.ports, self.stacks, self.towers = {}, {}, {}, []
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
         self.fast = True
 
@@ -174,7 +174,7 @@ class Patch:
         for e in self.quick:
             rows, have = e.site.rows, {"x": x, "p": e.p}
             if e.fast_wants_weight:
-                P, b = self.tensors(e.param, self.slow) if self.slow else (m._parameters[e.param], m._parameters.get("bias"))
+                P, b = self.tensors(e.param, self.slow)
                 have |= {"W": e.site.read(P), "b": None if b is None else e.site.read_b(b)}
             if rows is None:
                 y = call(e.method, "fast", y=y, **have)
@@ -184,15 +184,15 @@ class Patch:
 
     def tensors(self, param, entries):
         """The module's parameter `param` and its bias (None stays None unless a method sets one) after these entries."""
-        P, b = self.module._parameters[param], self.module._parameters.get("bias")
+        entries = [e for e in entries if e.param == param]
+        bias = self.bias(param)
+        P, b = fetch(self.module, param), fetch(self.module, bias) if bias else None
         for e in entries:
-            if e.param != param:
-                continue
             s, have = e.site, {"p": e.p}
             if not e.method.discards():
                 have["W"] = s.read(P)
             if e.sets_bias:
-                full = b if b is not None else P.new_zeros(s.width)
+                full = b if b is not None else P.new_zeros(s.whole(P).shape[0])
                 W, new = call(e.method, "weight", b=s.read_b(full), **have)
                 b = None if new is None else s.write_b(full, new)
             else:
@@ -200,38 +200,55 @@ class Patch:
             P = s.write(P, W)
         return P, b
 
+    def bias(self, param):
+        """The name of the bias that belongs to a parameter of this module, "" where there is none."""
+        return next((e.site.bias for e in self.entries if e.site.kind == "weight" and e.param == param and not e.twin),
+                    "bias" if self.module._parameters.get("bias") is not None else "")
+
     def _slow(self, args, kwargs):
-        m, bias = self.module, None
-        params = list(dict.fromkeys(e.param for e in self.slow))
-        new = {}
-        for name in params:
-            new[name], bias = self.tensors(name, self.slow)
-        cls, P = type(m), new.get("weight")
-        if params == ["weight"] and self.inner is None and len(args) == 1 and not kwargs:
+        m, cls, new, extra = self.module, type(self.module), {}, None
+        for name in dict.fromkeys(e.param for e in self.slow):
+            new[name], b = self.tensors(name, self.slow)
+            if b is not None and (bias := self.bias(name) or ("bias" if "bias" in m._parameters else "")):
+                new[bias] = b
+            elif b is not None:
+                extra = b                                   # a bias on a module that knows none: added to its output
+        if new.keys() <= {"weight", "bias"} and "weight" in new and self.inner is None and len(args) == 1 and not kwargs:
+            b = new["bias"] if "bias" in new else m._parameters.get("bias")
             if cls.forward is nn.Linear.forward:
-                return F.linear(args[0], P, bias)
-            if cls.forward is nn.Conv2d.forward:
-                return m._conv_forward(args[0], P, bias)
-        if bias is not None and any(e.sets_bias for e in self.slow):
-            if "bias" in m._parameters:
-                new["bias"] = bias
-            else:
-                with shadowed(m, new):
-                    return self._base(*args, **kwargs) + bias
+                return F.linear(args[0], new["weight"], b if extra is None else extra)
+            if cls.forward is nn.Conv2d.forward and extra is None:
+                return m._conv_forward(args[0], new["weight"], b)
         with shadowed(m, new):
-            return self._base(*args, **kwargs)
+            y = self._base(*args, **kwargs)
+        return y if extra is None else y + extra
 
 
 @contextmanager
 def shadowed(module, tensors):
     """Within, the module sees these tensors in place of its parameters: an instance attribute comes before nn.Module's own lookup,
     so the registered parameters are never touched."""
+    places = [(*place(module, name), t) for name, t in tensors.items()]
     try:
-        module.__dict__.update(tensors)
+        for home, name, t in places:
+            home.__dict__[name] = t
         yield
     finally:
-        for name in tensors:
-            module.__dict__.pop(name, None)
+        for home, name, _ in places:
+            home.__dict__.pop(name, None)
+
+
+def place(module, name):
+    """The module that holds a (dotted) parameter name, and the last part of the name."""
+    *path, last = name.split(".")
+    for part in path:
+        module = module._modules[part]
+    return module, last
+
+
+def fetch(module, name):
+    home, last = place(module, name)
+    return home._parameters[last]
 
 
 def _take(y, rows):
@@ -281,7 +298,7 @@ class StackPort:
         self.handles = [stack.module.register_forward_pre_hook(self.before, with_kwargs=True),
                         stack.module.register_forward_hook(self.after, with_kwargs=True)]
         if stack.embed == "out":                            # heads inside the stack must not see inserted tokens
-            end = stack.final_module if stack.final_module is not None else stack.last_block
+            end = stack.final_module if stack.final_module is not None else stack.blocks[-1] if stack.blocks else None
             if end is not None:
                 self.handles.append(end.register_forward_hook(self.leave))
         self.cache = self.proto = None
@@ -394,7 +411,7 @@ class StackPort:
 
     def keeps(self):
         """An encoder whose decoder attends to it hands its inserted tokens on."""
-        return self.stack.name == "encoder" and self.stack.hands_on
+        return self.stack.name == "encoder" and any(s.cross for s in self.host.towers)
 
     def after(self, module, args, kwargs, out):
         past = out.get("past_key_values") if hasattr(out, "get") else kwargs.get("past_key_values")
@@ -468,7 +485,7 @@ class Port:
         t = stack.take(h) if stack is not None else Tokens(h)
         if stack is not None and _recomputing() and self.saved is not None:
             t = replace(self.saved, h=h)                    # gradient checkpointing runs this block again: with the lanes it had
-        elif stack is not None and t.lanes and torch.is_grad_enabled() and getattr(stack.stack, "checkpointed", lambda: False)():
+        elif stack is not None and t.lanes and torch.is_grad_enabled() and any(getattr(b, "gradient_checkpointing", False) for b in stack.stack.blocks):
             self.saved = replace(t, h=h[:0])
         for e in self.live:
             t = call(e.method, "stream", t=t, p=e.p)

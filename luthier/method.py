@@ -20,7 +20,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import pkgutil
 import sys
 import types
 import typing
@@ -144,9 +143,10 @@ def _source(thing):
 def _discover():
     from . import methods
 
-    for m in pkgutil.walk_packages(methods.__path__, methods.__name__ + "."):
-        if not m.name.rsplit(".", 1)[-1].startswith("_"):
-            importlib.import_module(m.name)
+    root = Path(methods.__file__).parent
+    for f in sorted(root.rglob("*.py")):                   # folders by what is changed; a file that starts with _ is a helper
+        if not f.name.startswith("_"):
+            importlib.import_module(".".join([methods.__name__, *f.relative_to(root).with_suffix("").parts]))
 
 
 def discover():

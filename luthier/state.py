@@ -3,12 +3,7 @@
 import torch
 from torch import nn
 
-
-class Fixed:
-    """A frozen tensor that `init` can make again (a random basis, an SVD of the base): kept in memory, left out of files."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
+from .site import Fixed
 
 
 class State(nn.Module):
@@ -22,7 +17,7 @@ class State(nn.Module):
                 self.register_parameter(name, v)
             elif isinstance(v, Fixed):
                 self.fixed_names.add(name)
-                self.register_buffer(name, v.tensor.detach(), persistent=False)
+                self.register_buffer(name, v.value.detach(), persistent=False)
             elif isinstance(v, torch.Tensor):
                 self.register_buffer(name, v.detach())
             else:
