@@ -1,0 +1,30 @@
+"""n learned tokens in front of the input embeddings.    h = [P; E(x)],    P: (n, D)
+Lester et al., Prompt Tuning, 2021. arXiv:2104.08691 §2-3.2: the rows of P start as embeddings of tokens drawn from the vocabulary
+(their sampled-vocabulary init, here over the whole vocabulary); `vocab=False`, or no vocabulary at all, starts them from
+N(0, std²). First in a decoder, behind the special tokens elsewhere. An encoder-decoder is prompted on its encoder side.
+"""
+
+from torch import nn
+
+from luthier.method import Method, method
+
+
+@method
+class prompt(Method):
+    at: str = "embed"
+    n: int = 20
+    vocab: bool = True
+    std: float = 0.02
+    exempt = {"identity_at_init": "new tokens take part in attention from the first step"}
+
+    def init(self, site):                  # trains n D
+        embed = getattr(site.stack.embed_module, "weight", None)
+        if site.stack.cross:               # the decoder of an encoder-decoder
+            return None
+        if not self.vocab or embed is None or embed.dim() != 2 or embed.shape[1] != site.d_out:
+            return dict(P=site.normal(self.n, site.d_out, std=self.std))
+        rows = site.random(len(embed)).topk(self.n).indices            # n different tokens
+        return dict(P=nn.Parameter(embed.detach()[rows].clone()))
+
+    def stream(self, t, p):                # (B, T, D) -> (B, n + T, D)
+        return t.insert(p.P, p.key)
