@@ -277,6 +277,8 @@ class _Intercept(TorchFunctionMode):
     def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         stack = self.host.run(self.entries[0].site.stack)
         t = stack.tokens if stack is not None else None
+        if stack is not None and t is None:                 # no stream was touched before this block: the stream starts here
+            t = stack.take(query.new_empty(len(query), query.shape[-2], 0))
         a = Attention(query, key, value, t, attn_mask, is_causal, scale, dropout_p, enable_gqa)
         for e in self.entries:
             a = call(e.method, "attend", a=a, p=e.p)

@@ -232,13 +232,13 @@ def find(model, selector):
     """Sites that any word of the selector names, in the order data meets them.
 
     `attn.q` is short for `block.*.attn.q`; towers may be left out; `*` never crosses a dot; `block.0-3.out`, `block.6-.out`,
-    `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites; `-WORD` takes sites away again."""
+    `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty; `-WORD` takes sites away again, if there are any."""
     every = model if isinstance(model, Sites) else sites(model)
     chosen = set()
     for word in selector.split():
         drop, word = word[0] == "-" and len(word) > 1, word.removeprefix("-")
         got = _match(every, word)
-        if not got:
+        if not got and not drop and word.rpartition(".")[2] not in GROUPS:
             tails = dict.fromkeys(re.sub(r"^.*?block\.\d+\.", "", s.name) for s in every)
             raise NoSuchSite(f"{word!r} matches no site of {type(every.model).__name__}. "
                              f"{nearest(word, [*tails, *every.by_name, *GROUPS])} List its sites with `luthier sites MODEL`.")

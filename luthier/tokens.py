@@ -109,7 +109,7 @@ class Tokens:
     def merge(self, src, dst):
         """src, dst: (B, r) places; dst absorbs src, as a mean weighted by size; sizes add, and B, T-r, D is left."""
         t, T, w = self.lane("size", self.size), self.h.shape[1], self.size
-        order = torch.ones(len(src), T, device=src.device).scatter(1, src, 0.0).argsort(1, descending=True, stable=True)
+        order = torch.ones(len(src), T, device=src.device).scatter(1, src, 0.0).argsort(dim=1, descending=True, stable=True)
         order = order[:, : T - src.shape[1]].sort(1).values
 
         def gather(v):
