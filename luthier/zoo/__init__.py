@@ -6,6 +6,7 @@ are read with `weights_only=True`. A weight that is missing from the file is an 
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -23,7 +24,7 @@ from ..errors import BadState, LuthierError, UnknownName, nearest
 from . import cache
 from .table import HALF, IMAGENET, TABLE
 
-__all__ = ["Origin", "entries", "installed", "load", "names", "origin", "processor"]
+__all__ = ["Origin", "about", "entries", "installed", "load", "names", "processor"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def names():
 def entries():
     """One dict a row, for `luthier zoo --json`."""
     keep = ("name", "kind", "what", "licence", "parameters", "megabytes")
-    return [{k: getattr(row, k) for k in keep} | {"installed": installed(row.name), "install": row.remedy} for row in TABLE.values()]
+    return [{k: getattr(row, k) for k in keep} | {"installed": installed(row.name), "install": row.remedy}
+            for row in TABLE.values()]
 
 
 def installed(name):
@@ -90,57 +92,56 @@ def _folder(row):
         with quiet():
             return cache.converted(key, functools.partial(getattr(convert, row.convert), path))
     except ImportError as error:
-        raise LuthierError(f"Reading {row.name} for the first time needs the package {error.name}. pip install {error.name}") from error
+        raise LuthierError(f"Reading {row.name} for the first time needs the package {error.name}. "
+                           f"pip install {error.name}") from error
 
 
-def load(ref, dtype=None, weights=True):
-    """The model `ref` names, in eval mode, float32 unless `dtype` says otherwise. `weights=False`: its shapes with random weights,
-    nothing downloaded but the configuration. A module is given back as a deep copy."""
+def about(ref):
+    """The Origin of what `ref` names, from its configuration alone: no weights are read."""
     if isinstance(ref, nn.Module):
-        return copy.deepcopy(ref)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        return getattr(ref, "luthier_origin", None) or _describe(getattr(ref, "config", None), type(ref).__name__, "")
     ref = str(ref)
     if ref in TABLE:
         row = TABLE[ref]
-        folder = _folder(row)
-        facts = dict(kind=row.kind, licence=row.licence, image=row.image, pool=row.pool)
-        if row.convert == "effnet_lite0":
-            from . import convert
-            module = convert.effnet_lite0(folder).to(dtype)
-        else:
-            module, unused = _transformers(folder, ref, dtype, weights)
-            facts |= dict(folder="" if row.kind == "vision" else str(folder), unused=unused)
-        origin = Origin(ref, **facts)
-    elif ref.startswith("timm:"):
-        module, origin = _timm(ref, dtype, weights)
-    elif Path(ref).is_dir():
-        module, origin = _local(ref, dtype, weights)
-    elif ref.count("/") == 1 and not ref.startswith((".", "/", "~")) and not Path(ref).exists():
-        module, unused = _transformers(ref, ref, dtype, weights)
-        origin = _describe(module, ref, ref, unused)
+        folder = "" if row.kind == "vision" else str(_folder(row))
+        return Origin(ref, row.kind, row.licence, folder, dict(row.image), row.pool)
+    if ref.startswith("timm:"):
+        return _timm_origin(ref)
+    if Path(ref).is_dir():
+        if _is_timm(ref):
+            return _timm_origin(ref)
+    elif ref.count("/") != 1 or ref.startswith((".", "/", "~")) or Path(ref).exists():
+        raise UnknownName(f"No model is called {ref!r}. {nearest(ref, TABLE)} A model is a zoo name (`luthier zoo`), a folder "
+                          "with config.json, a hub id OWNER/NAME, or timm:NAME.")
+    return _describe(_config(ref), ref, ref)
+
+
+def load(ref, dtype=None, weights=True):
+    """The model `ref` names, in eval mode, float32 unless `dtype` says otherwise; a module is given back as a deep copy.
+    `weights=False`: its shapes with random weights, nothing read but the configuration."""
+    if isinstance(ref, nn.Module):
+        module = copy.deepcopy(ref)
+        module.luthier_origin = about(ref)
+        return module.eval()
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    origin, unused, ref = about(ref), (), str(ref)
+    if ref in TABLE and TABLE[ref].convert == "effnet_lite0":
+        from . import convert
+        module = convert.effnet_lite0(_folder(TABLE[ref]), weights).to(dtype)
+    elif ref in TABLE:
+        module, unused = _transformers(_folder(TABLE[ref]), ref, dtype, weights)
+    elif ref.startswith("timm:") or Path(ref).is_dir() and _is_timm(ref):
+        module = _timm(ref, weights).to(dtype)
     else:
-        raise UnknownName(f"No model is called {ref!r}. {nearest(ref, TABLE)} A model is a zoo name (`luthier zoo`), a folder with "
-                          "config.json, a hub id OWNER/NAME, or timm:NAME.")
-    module.luthier_origin = origin
+        module, unused = _transformers(ref, ref, dtype, weights)
+    module.luthier_origin = dataclasses.replace(origin, unused=unused)
     return module.eval()
-
-
-def origin(module):
-    """The Origin of a module, guessed from its configuration where load() did not make it."""
-    return getattr(module, "luthier_origin", None) or _describe(module, type(module).__name__, "", ())
 
 
 def processor(ref):
     """What turns raw input to the model's: a tokenizer, or for images a dict with mean, std and sizes."""
-    if isinstance(ref, str) and ref in TABLE:
-        row = TABLE[ref]
-        return dict(row.image) if row.kind == "vision" else _tokenizer(str(_folder(row)))
-    if isinstance(ref, nn.Module):
-        facts = origin(ref)
-        return dict(facts.image) if facts.kind == "vision" else facts.tokenizer()
-    if str(ref).startswith("timm:"):
-        return dict(load(ref, weights=False).luthier_origin.image)
-    return _tokenizer(str(ref))
+    origin = about(ref)
+    return dict(origin.image) if origin.kind == "vision" else origin.tokenizer()
 
 
 @contextlib.contextmanager
@@ -173,27 +174,32 @@ def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300] + "."
 
 
+def _config(where, ref=None):
+    torchvision()
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:                       # missing files, no network, unknown types: all the user's to mend
+        raise LuthierError(f"The model {ref or where} could not be loaded: {_first_line(error)} {nearest(ref or where, TABLE)} Give a "
+                           "zoo name, a folder with config.json, or a hub id that this machine can reach.") from error
+
+
 def _transformers(where, ref, dtype, weights):
     """A model by the class its own configuration names. -> (module, unused keys)"""
-    torchvision()
+    config = _config(where, ref)
     import transformers
+    name = next(iter(config.architectures or ()), "AutoModel")
+    make = getattr(transformers, name, None)
+    if make is None:
+        raise LuthierError(f"{ref} is of the class {name}, which transformers does not have; code that comes with a model is never "
+                           "run. Use a model whose architecture transformers knows.")
     try:
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
-        name = next(iter(config.architectures or ()), None)
-        auto = getattr(transformers, name or "", None) or (transformers.AutoModel if name is None else None)
-        if auto is None:
-            raise LuthierError(f"{ref} is of the class {name}, which transformers does not have; code that comes with a model is "
-                               "never run. Use a model whose architecture transformers knows.")
         if not weights:
-            make = auto.from_config if auto is transformers.AutoModel else auto._from_config
-            return make(config, dtype=dtype), ()
+            return (make.from_config if name == "AutoModel" else make._from_config)(config, dtype=dtype), ()
         with quiet():                                # its report of keys is replaced by ours
-            module, info = auto.from_pretrained(where, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    except LuthierError:
-        raise
-    except Exception as error:                       # missing files, no network, unknown types: all the user's to mend
-        raise LuthierError(f"The model {ref} could not be loaded: {_first_line(error)} {nearest(ref, TABLE)} Give a zoo name, a "
-                           "folder with config.json and model.safetensors, or a hub id that this machine can reach.") from error
+            module, info = make.from_pretrained(where, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:
+        raise BadState(f"The weights of {ref} could not be loaded: {_first_line(error)} Save or download the model again.") from error
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise BadState(f"The weights of {ref} lack {len(missing)} tensors of {type(module).__name__}, first {missing[0]}: they would "
@@ -205,59 +211,72 @@ def _transformers(where, ref, dtype, weights):
     return module, unused
 
 
-def _local(ref, dtype, weights):
-    config = Path(ref) / "config.json"
+def _is_timm(folder):
+    """Whether a folder's config.json is timm's; a folder that is no model at all is refused here."""
+    config = Path(folder) / "config.json"
     try:
         facts = json.loads(config.read_text("utf-8"))
     except FileNotFoundError:
-        raise LuthierError(f"The folder {ref} holds no config.json, so it is no model. {nearest('config.json', os.listdir(ref))} "
+        raise LuthierError(f"The folder {folder} holds no config.json, so it is no model. {nearest('config.json', os.listdir(folder))} "
                            "Save one with `save_pretrained`.") from None
     except (ValueError, OSError) as error:
         raise BadState(f"{config} cannot be read as JSON: {_first_line(error)} Save the model again.") from error
-    if isinstance(facts, dict) and "architecture" in facts and "model_type" not in facts:
-        return _timm("timm:local-dir:" + ref, dtype, weights, ref)
-    module, unused = _transformers(ref, ref, dtype, weights)
-    return module, _describe(module, ref, ref, unused)
+    return isinstance(facts, dict) and "architecture" in facts and "model_type" not in facts
 
 
-def _timm(ref, dtype, weights, shown=None):
+def _timm_name(ref):
     torchvision()
     try:
         import timm
     except ImportError as error:
         raise LuthierError(f"{ref} needs the package timm. pip install timm") from error
-    name = ref.removeprefix("timm:")
+    name = ref.removeprefix("timm:") if ref.startswith("timm:") else f"local-dir:{ref}"
     if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name):
         raise UnknownName(f"timm has no model {name!r}. {nearest(name, timm.list_models())}")
+    return timm, name
+
+
+def _timm(ref, weights):
+    timm, name = _timm_name(ref)
     try:
-        module = timm.create_model(name, pretrained=weights)
+        return timm.create_model(name, pretrained=weights)
     except Exception as error:
-        raise LuthierError(f"{shown or ref} could not be loaded: {_first_line(error)} Its weights come from the hub: check the network, "
-                           "or save them once to a local folder.") from error
-    facts = module.pretrained_cfg or {}
-    size = facts.get("input_size", (3, 224, 224))[-1]
-    image = dict(mean=tuple(facts.get("mean") or HALF["mean"]), std=tuple(facts.get("std") or HALF["std"]), sizes=(size,))
-    return module.to(dtype), Origin(shown or ref, "vision", facts.get("license") or "unknown", image=image)
+        raise LuthierError(f"{ref} could not be loaded: {_first_line(error)} timm's weights come from the hub: check the network, or "
+                           "save the model to a local folder once.") from error
 
 
-def _describe(module, ref, folder, unused):
+def _timm_origin(ref):
+    timm, name = _timm_name(ref)
+    if name.startswith("local-dir:"):
+        facts = json.loads((Path(ref) / "config.json").read_text("utf-8")).get("pretrained_cfg", {})
+    elif name.startswith("hf-hub:"):
+        facts = {}
+    else:
+        found = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        facts = found.to_dict() if found else {}
+    image = dict(mean=tuple(facts.get("mean") or HALF["mean"]), std=tuple(facts.get("std") or HALF["std"]),
+                 sizes=((facts.get("input_size") or (3, 224, 224))[-1],))
+    return Origin(ref, "vision", facts.get("license") or "unknown", image=image)
+
+
+def _describe(config, ref, folder):
     """What a model reads, from its configuration: a vision tower has channels and patches, a text model a vocabulary."""
-    config = getattr(module, "config", None)
     get = functools.partial(getattr, config)
     if config is None:
-        return Origin(ref, "other", unused=unused)
+        return Origin(ref, "other")
     size = get("image_size", None)
     if size is not None or get("num_channels", None) is not None:
         size = size[0] if isinstance(size, (tuple, list)) else size or 224
-        return Origin(ref, "vision", _licence(folder), folder, _image(folder) | dict(sizes=(size,)), unused=unused)
+        return Origin(ref, "vision", _licence(folder), folder, _image(folder) | dict(sizes=(size,)))
     if get("is_encoder_decoder", False):
-        kind = "text-pair" if get("vocab_size", None) and not get("num_mel_bins", None) else "audio"
+        kind = "audio" if get("num_mel_bins", None) else "text-pair"
     elif get("vocab_size", None) is None:
         kind = "other"
     else:
-        kind = "text-decoder" if type(module).__name__.endswith(("CausalLM", "LMHeadModel")) or get("is_decoder", False) or \
-            _causal(config) else "text-encoder"
-    return Origin(ref, kind, _licence(folder), folder, unused=unused)
+        name = next(iter(get("architectures", None) or ()), "")
+        kind = "text-decoder" if name.endswith(("CausalLM", "LMHeadModel")) or get("is_decoder", False) or _causal(config) \
+            else "text-encoder"
+    return Origin(ref, kind, _licence(folder), folder)
 
 
 def _causal(config):

@@ -1,8 +1,5 @@
-"""From the formats in which packages carry weights to a folder that `transformers` reads: config.json, model.safetensors, tokenizer.
+"""From the formats in which packages carry weights to a folder that `transformers` reads (config.json, model.safetensors, tokenizer).
 Each function takes (source, folder) and writes folder; every stored tensor must find its place, and every place its tensor."""
-
-import json
-import shutil
 
 import torch
 
@@ -82,14 +79,17 @@ def dinov2_onnx(source, folder):
     fill(model, renamed, source.name).save_pretrained(folder)
 
 
-def effnet_lite0(source):
+def effnet_lite0(source, weights=True):
     """The PyTorch original's state dict -> timm's tf_efficientnet_lite0: same order of tensors, other names. -> module"""
     from .._compat import torchvision
     torchvision()
     import timm
-    state = torch.load(source, map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    if not weights:
+        return model
+    state = torch.load(source, map_location="cpu", weights_only=True)
     own = model.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
-        raise BadState(f"{source.name}: its tensors are not those of tf_efficientnet_lite0 in order. Use the version in `luthier zoo`.")
+        raise BadState(f"{source.name}: its tensors are not those of tf_efficientnet_lite0 in order. Use the version that "
+                       "`luthier zoo` names.")
     return fill(model, dict(zip(own, state.values(), strict=True)), source.name)

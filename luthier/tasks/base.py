@@ -1,0 +1,200 @@
+"""What every kind of task shares: splits, batches, evaluation, and a description. A kind adds its encoding, loss and score."""
+
+import torch
+
+from .. import zoo
+from ..errors import BadData, nearest
+from .headed import Headed, head
+from .split import divide, order, shares
+
+
+class Task:
+    kind = ""
+    reads = ()                                       # kinds of models that can do it
+    metrics = ()                                     # the first is the default primary one
+    higher = True                                    # whether more of the metric is better
+
+    def __init__(self, model=None, *, source="", roles=None, metric=None, tokenizer=None, **options):
+        self.model, self.source, self.roles, self.notes = model, source, dict(roles or {}), []
+        self.metric = metric or self.metrics[0]
+        if self.metric not in self.metrics:
+            raise BadData(f"{self.kind} has no metric {metric!r}. {nearest(metric, self.metrics)} It has: {', '.join(self.metrics)}.")
+        self._tokenizer, self.options, self.tables, self._encoded = tokenizer, options, {}, {}
+        self.origin = zoo.about(model) if model is not None else None
+        if self.origin and self.origin.kind not in (*self.reads, "other"):
+            fit = [e["name"] for e in zoo.entries() if e["kind"] in self.reads]
+            raise BadData(f"{source or 'This data'} is a task of {self.kind}, which {self.origin.ref} (a model of kind "
+                          f"{self.origin.kind}) cannot do. Use another model, in the zoo {', '.join(fit)}, or set task= to another kind.")
+
+    # data
+
+    def fill(self, data, seed, limit):
+        """Divide, learn what training rows define (labels, scale), check the rest against it, apply the limit."""
+        self.notes += data.notes
+        self.tables = divide(data.splits, self.strata, seed, self.notes)
+        for name, table in self.tables.items():
+            if not len(table):
+                raise BadData(f"{self.source}: too few rows: nothing is left for {name}. Give at least ten rows.")
+        self.learn(data)
+        for name in self.tables:
+            most = limit.get(name) if isinstance(limit, dict) else limit
+            self.limit(name, most, seed)
+        return self
+
+    def limit(self, name, most, seed):
+        table = self.tables[name]
+        if most is not None and most < len(table):
+            if most < 1:
+                raise BadData(f"limit={most}: a limit is at least 1.")
+            self.tables[name] = table.take(shares(self.strata(table), most, seed))
+            self.notes.append(f"{name}: {most:,} of {len(table):,} rows kept (limit)")
+
+    def column(self, table, role):
+        """A role's values; a role may join columns, like "context + question"."""
+        from .roles import parts
+        names = parts(self.roles[role])
+        missing = [n for n in names if n not in table.columns]
+        if missing:
+            raise BadData(f"{table.source} has no column {missing[0]!r} (the {role}). {nearest(missing[0], table.columns)} "
+                          f"It has: {', '.join(map(str, table.columns))}.")
+        if len(names) == 1:
+            return table.columns[names[0]]
+        return ["\n".join(str(v) for v in row if v not in (None, "")) for row in zip(*(table.columns[n] for n in names), strict=True)]
+
+    def strata(self, table):
+        return [0] * len(table)
+
+    def examples(self, split):
+        if split not in self._encoded:
+            if split not in self.tables:
+                raise BadData(f"There is no split {split!r}. {nearest(split, self.tables)} There are: {', '.join(self.tables) or 'none'}.")
+            self._encoded[split] = self.encode(self.tables[split])
+        return self._encoded[split]
+
+    def size(self, split="train"):
+        return len(self.tables[split]) if split in self.tables else len(self.examples(split))
+
+    def batches(self, split, size, seed=0, epoch=0, shuffle=None, start=0):
+        """Batches of tensors, the same for the same (seed, epoch); `start` skips that many at no cost."""
+        examples = self.examples(split)
+        plan = order(len(examples), size, seed, epoch, split == "train" if shuffle is None else shuffle,
+                     (lambda i: self.length(examples[i])) if self.length(examples[0]) is not None else None)
+        for index in plan[start:]:
+            yield self.collate([examples[i] for i in index])
+
+    def n_batches(self, split, size):
+        return -(-len(self.examples(split)) // size)
+
+    def length(self, example):
+        return None
+
+    # model
+
+    @property
+    def tokenizer(self):
+        if self._tokenizer is None:
+            if self.origin is None:
+                raise BadData("This task has no model, so nothing can be tokenised. Open it with model=.")
+            self._tokenizer = self.origin.tokenizer()
+        return self._tokenizer
+
+    def outputs(self):
+        """How many numbers the head gives."""
+        raise NotImplementedError
+
+    def pool(self, backbone):
+        raise NotImplementedError
+
+    def build(self, seed=0, dtype=None):
+        """The pretrained model with this task's head. Weights are fresh each call; the head depends on `seed` only."""
+        if self.model is None:
+            raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"minilm\".")
+        backbone, pool = strip(zoo.load(self.model, dtype), self)
+        model = Headed(backbone, pool, None, self.extra(backbone)).eval()
+        with torch.no_grad():                        # one example says how wide the features are
+            inputs = {k: v for k, v in self.probe(next(backbone.parameters()).dtype).items() if k != "labels"}
+            width = model.features(**inputs).shape[-1]
+        model.head = head(width, self.outputs(), seed, next(backbone.parameters()).dtype)
+        model.luthier_origin = self.origin
+        return model
+
+    def extra(self, backbone):
+        return {}
+
+    # training and evaluation
+
+    def loss(self, model, batch):
+        raise NotImplementedError
+
+    def logits(self, model, batch):
+        out = model(**{k: v for k, v in to_device(batch, model).items() if k != "labels"})
+        return (out["logits"] if isinstance(out, dict) else out.logits).float()
+
+    def outcomes(self, model, examples, batch_size):
+        """Yield (batch, logits) over examples sorted by length, with the indices of each batch."""
+        index = sorted(range(len(examples)), key=lambda i: self.length(examples[i]) or 0)
+        was = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                for i in range(0, len(index), batch_size):
+                    part = index[i:i + batch_size]
+                    batch = self.collate([examples[k] for k in part])
+                    yield part, batch, self.logits(model, batch)
+        finally:
+            model.train(was)
+
+    def evaluate(self, model, split="test", batch_size=64):
+        """All metrics of this kind, the primary one first, then `loss` and `n`."""
+        scores = self.score(model, self.examples(split), batch_size)
+        return {self.metric: scores.pop(self.metric)} | scores
+
+    # what it is
+
+    def describe(self):
+        return {"kind": self.kind, "source": str(self.source), "model": self.origin.ref if self.origin else None,
+                "metric": self.metric, "higher": self.higher, "columns": self.roles,
+                "sizes": {s: self.size(s) for s in self.tables}} | self.facts() | {"notes": list(self.notes)}
+
+    def facts(self):
+        return {}
+
+    def spec(self):
+        """JSON from which `tasks.restore` makes a task without data, for prediction."""
+        if not (self.model is None or isinstance(self.model, str)):
+            raise BadData("A task over a module given in Python has no name to store its model by. Open it with model=NAME or a folder.")
+        return {"kind": self.kind, "model": self.model, "roles": self.roles, "metric": self.metric, "options": self.options} | self.state()
+
+    def state(self):
+        return {}
+
+
+def to_device(batch, model):
+    device = next(model.parameters()).device
+    return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def strip(model, task):
+    """The part of a model below its own head, and how its output is pooled. -> (backbone, pool)"""
+    if hasattr(model, "reset_classifier"):           # timm pools by itself
+        model.reset_classifier(0)
+        return model, "vector"
+    base = getattr(model, "base_model", model)
+    tower = getattr(base, "vision_model" if task.origin.kind == "vision" else "text_model", None)
+    base = tower if isinstance(tower, torch.nn.Module) else base
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        base = base.get_encoder()
+    if isinstance(getattr(base, "pooler", None), torch.nn.Module):
+        base.pooler = None                           # it would only feed the head that is replaced
+    return base, task.pool(base)
+
+
+def finite(value, where):
+    """A float, refused when it is none or not finite."""
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        x = None
+    if x is None or x != x or x in (float("inf"), float("-inf")):
+        raise BadData(f"{where}: the target {value!r} is not a finite number. Mend or drop the row.") from None
+    return x

@@ -1,0 +1,182 @@
+"""Image classification. Images are decoded once to uint8, no larger than the model's input; each batch is resized (to a square, which
+stretches what is not square), scaled and normalised on the fly."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..errors import BadData
+from .classify import Labelled
+
+BUDGET = 2 << 30               # bytes of decoded images that are kept; beyond it they are decoded again each time
+UNREADABLE = 0.01              # share of images that may be broken before the data is refused
+
+
+def decode(item, side, base="."):
+    """A path, encoded bytes, PIL image or array -> uint8 (3, h, w), at most `side` a side."""
+    from PIL import Image
+    if isinstance(item, dict):                       # how hub data sets store an image
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, np.ndarray) or torch.is_tensor(item):
+        array = np.asarray(item)
+        if array.dtype != np.uint8:
+            if not np.isfinite(array).all():
+                raise ValueError("the array holds NaN or infinity")
+            array = array * 255 if array.size and 0 <= array.min() and array.max() <= 1 else array
+            array = array.clip(0, 255).astype(np.uint8)
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        item = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    elif isinstance(item, (bytes, bytearray)):
+        item = Image.open(io.BytesIO(item))
+    elif isinstance(item, (str, Path)):
+        item = Image.open(Path(base) / item)
+    if item.mode not in ("RGB", "L"):
+        item = item.convert("RGBA" if "transparency" in item.info else "RGB")
+    if item.width > side or item.height > side:
+        item = item.resize((min(side, item.width), min(side, item.height)), Image.Resampling.BICUBIC)
+    array = np.array(item.convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+class Images:
+    """Examples of one table: decoded at the first look, kept while the budget lasts."""
+
+    def __init__(self, items, targets, side, base):
+        self.items, self.targets, self.side, self.base = items, targets, side, base
+        self.kept, self.bytes = {}, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        image = self.kept.get(i)
+        if image is None:
+            image = decode(self.items[i], self.side, self.base)
+            if self.bytes + image.numel() <= BUDGET:
+                self.kept[i], self.bytes = image, self.bytes + image.numel()
+        return {"image": image} | ({} if self.targets is None else {"labels": self.targets[i]})
+
+
+class ImageClassification(Labelled):
+    kind = "image-classification"
+    reads = ("vision",)
+
+    def learn(self, data):
+        super().learn(data)
+        if not self.options.get("image_size") and self.origin:
+            self.options["image_size"] = self.fitting_size()
+
+    def limit(self, name, most, seed):
+        super().limit(name, most, seed)
+        self.tables[name] = self.readable(self.tables[name])
+
+    @property
+    def side(self):
+        return int(self.options.get("image_size") or (self.origin.image.get("sizes") or (224,))[-1] if self.origin else 224)
+
+    def fitting_size(self):
+        """Of the sizes that suit the model, the smallest at least 3.5 times the data's images: enlarging adds cost, not detail."""
+        sizes = self.origin.image.get("sizes") or (224,)
+        table = self.tables["train"]
+        try:
+            seen = max(max(decode(x, 10**6, self.base(table)).shape[1:]) for x in self.column(table, "image")[:8])
+        except Exception:                            # broken images are counted by readable()
+            return sizes[-1]
+        return next((s for s in sizes if s >= 3.5 * seen), sizes[-1])
+
+    def base(self, table):
+        """Paths in a table are relative to its file."""
+        source = Path(table.source)
+        return source.parent if source.is_file() else Path(".")
+
+    def readable(self, table):
+        """The table without images that cannot be decoded; refused when they are more than UNREADABLE of it."""
+        images = Images(self.column(table, "image"), self.targets(table), self.side, self.base(table))
+        bad, good = {}, []
+        for i in range(len(images)):
+            try:
+                images[i]
+                good.append(i)
+            except Exception as error:               # Pillow raises whatever its decoders do
+                bad[i] = error
+        if len(bad) > UNREADABLE * len(images):
+            i, error = next(iter(bad.items()))
+            raise BadData(f"{table.where(i)}: the image cannot be read ({str(error)[:160] or type(error).__name__}); in all {len(bad)} of "
+                          f"{len(images)}, and at most {UNREADABLE:.0%} may be broken. Mend or remove them.")
+        if bad:
+            self.notes.append(f"{len(bad)} unreadable images left out, first {table.where(next(iter(bad)))}")
+            return table.take(good)
+        self._encoded[next(s for s, t in self.tables.items() if t is table)] = images
+        return table
+
+    def encode(self, table):
+        images = self.column(table, "image")
+        return Images(images, self.targets(table), self.side, self.base(table))
+
+    def collate(self, examples):
+        side, images = self.side, [e["image"] for e in examples]
+        if len({i.shape for i in images}) == 1:
+            x = resize(torch.stack(images), side)
+        else:
+            x = torch.cat([resize(i[None], side) for i in images])
+        facts = self.origin.image
+        mean, std = (torch.tensor(facts.get(k, d)).view(1, 3, 1, 1) * 255 for k, d in (("mean", (0.5,) * 3), ("std", (0.5,) * 3)))
+        batch = {"pixel_values": (x - mean) / std}
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([e["labels"] for e in examples])
+        return batch
+
+    def probe(self, dtype):
+        return {"pixel_values": torch.zeros(1, 3, self.side, self.side, dtype=dtype)}
+
+    def pool(self, backbone):
+        asked = self.options.get("pool") or self.origin.pool
+        if asked:
+            return asked
+        kind = getattr(getattr(backbone, "config", None), "model_type", "")
+        if "dinov2" in kind:
+            return "cls+mean"
+        special = ("cls_token", "class_embedding", "cls_embedding")
+        return "cls" if any(n.endswith(special) for n, _ in backbone.named_parameters()) else "mean"
+
+    def extra(self, backbone):
+        """Vision transformers of transformers resize their positions only when told to."""
+        import inspect
+        own = getattr(getattr(backbone, "config", None), "image_size", self.side)
+        able = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
+        return {"interpolate_pos_encoding": True} if able and own != self.side else {}
+
+    def rows(self, inputs):
+        from .read import Table
+        one = isinstance(inputs, (str, Path, bytes)) or hasattr(inputs, "convert") or getattr(inputs, "ndim", 4) < 4
+        inputs = [inputs] if one and not isinstance(inputs, (list, tuple)) else list(inputs)
+        if not inputs:
+            raise BadData("There is no input to predict. Give at least one image.")
+        key = self.roles["image"]
+        return Table({key: [x.get(key, x.get("image")) if isinstance(x, dict) and "bytes" not in x else x for x in inputs]},
+                     "input", None, "number")
+
+    def predict(self, model, inputs, batch_size=64):
+        table = self.rows(inputs)
+        for i, item in enumerate(self.column(table, "image")):
+            try:
+                decode(item, self.side)
+            except Exception as error:
+                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160]} Give a path to a PNG or "
+                              "JPEG, its bytes, or an array (H, W, 3).") from error
+        return super().predict(model, table.columns[self.roles["image"]], batch_size)
+
+    def facts(self):
+        return super().facts() | {"image_size": self.side}
+
+
+def resize(x, side):
+    """uint8 (B, 3, h, w) -> float (B, 3, side, side) in 0..255"""
+    x = x.float()
+    if x.shape[2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    return x

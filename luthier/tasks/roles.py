@@ -1,0 +1,143 @@
+"""Which column plays which role, and which task that makes. Guesses go by name first, then by content; they are reported by
+`Task.describe()` and overruled by `columns=` and `task=`."""
+
+import math
+from collections.abc import Sequence
+
+from ..errors import BadData, nearest
+
+KINDS = {            # task kind -> (roles it needs, roles it may have)
+    "image-classification": (("image", "label"), ()),
+    "token-classification": (("tokens", "tags"), ()),
+    "text-classification": (("text", "label"), ("text_pair",)),
+    "regression": (("text", "target"), ("text_pair",)),
+    "instruction": (("prompt", "response"), ()),
+    "causal-lm": (("text",), ()),
+}
+NAMES = {            # role -> column names that mean it, likeliest first
+    "image": "image img image_path file_name filename file path",
+    "tokens": "tokens words",
+    "tags": "tags ner_tags pos_tags upos labels label",
+    "label": "label labels class category intent sentiment topic label_text coarse_label gold y target",
+    "target": "target score rating value similarity label labels y",
+    "text": "text sentence sentence1 premise question1 review content utterance tweet comment message document body context query "
+            "question title description",
+    "text_pair": "text_pair sentence2 hypothesis question2 text2 text_b passage",
+    "prompt": "prompt instruction question problem input source src dialogue document article mr java",
+    "response": "response output answer completion solution canonical_solution target tgt summary highlights ref note "
+                "section_text cs",
+}
+NAMES = {role: words.split() for role, words in NAMES.items()}
+
+
+def numbers(values):
+    """The values as floats, or None where one is not a number."""
+    try:
+        return [float(v) for v in values if not isinstance(v, bool) or 1 / 0]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def is_text(values):
+    return any(isinstance(v, str) for v in values) and all(isinstance(v, str) or v is None for v in values)
+
+
+def is_list(values):
+    return any(isinstance(v, Sequence) and not isinstance(v, (str, bytes)) for v in values)
+
+
+def is_image(values):
+    return all(isinstance(v, (bytes, dict)) or hasattr(v, "shape") or hasattr(v, "convert") for v in values) or (
+        is_text(values) and all(str(v).lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
+                                for v in values))
+
+
+def is_class(values):
+    """Few distinct values, each seen again and again; numbers only when they look like codes (0..K-1, 1..K, or at most 20 of them)."""
+    if is_list(values) or any(isinstance(v, (bytes, dict)) or hasattr(v, "shape") for v in values):
+        return False
+    kinds = {v for v in values if v not in (None, "")}
+    if len(kinds) > max(2, len(values) // 2):
+        return False
+    x = numbers(kinds)
+    if x is None or not kinds:
+        return max((len(str(k)) for k in kinds), default=0) < 100
+    if any(not math.isfinite(v) or v != int(v) for v in x):
+        return False
+    return len(x) <= 20 or (min(x) in (0, 1) and max(x) - min(x) < 1.2 * len(x))
+
+
+def guess(columns, source, task=None, given=None):
+    """(kind, {role: column}) for a table's columns {name: values}."""
+    given, columns = dict(given or {}), {k: list(v[:2000]) for k, v in columns.items()}
+    roles = sorted(NAMES)
+    for role, name in given.items():
+        if role not in roles:
+            raise BadData(f"columns={{{role!r}: ...}}: there is no such role. {nearest(role, roles)} Roles: {', '.join(roles)}.")
+        for part in parts(name):
+            if part not in columns:
+                raise BadData(f"{source} has no column {part!r} (asked for as {role}). {nearest(part, columns)} "
+                              f"It has: {', '.join(columns)}.")
+    if task is not None and task not in KINDS:
+        raise BadData(f"There is no task {task!r}. {nearest(task, KINDS)} Tasks: {', '.join(KINDS)}.")
+    reasons = []
+    for kind in [task] if task else _candidates(given):
+        found = _fill(kind, columns, given, forced=task is not None)
+        if isinstance(found, dict):
+            return kind, found
+        reasons.append(f"{kind} needs a column for {found}")
+    raise BadData(f"{source}: the columns {', '.join(columns)} make no task: {'; '.join(reasons[:6])}. Say which is which with "
+                  "columns={\"text\": ..., \"label\": ...} (on the command line: --column text=NAME), and task= if need be.")
+
+
+def parts(name):
+    """A role may join columns: "context + question"."""
+    return [p.strip() for p in name.split("+")] if isinstance(name, str) else [name]
+
+
+def _candidates(given):
+    """Kinds in the order in which they are tried; roles that were given leave only the kinds that use them."""
+    order = ("token-classification", "image-classification", "instruction", "text-classification", "regression", "causal-lm")
+    return [k for k in order if set(given) <= set(sum(KINDS[k], ()))] or list(order)
+
+
+def _fill(kind, columns, given, forced):
+    """{role: column}, or the role that no column can play. A column plays one role."""
+    need, may = KINDS[kind]
+    roles = {r: c for r, c in given.items() if r in need + may}
+    for role in sorted(need + may, key=lambda r: r in ("text", "text_pair")):        # the pickiest roles choose first
+        free = [c for c in columns if c not in {p for n in roles.values() for p in parts(n)}]
+        if role not in roles:
+            name = _pick(role, kind, {c: columns[c] for c in free}, forced)
+            if name is None and role in need:
+                return role
+            if name is not None:
+                roles[role] = name
+    if kind == "causal-lm" and not forced and not given and len(columns) > 1:
+        return "(only one column may be there)"
+    return {r: roles[r] for r in need + may if r in roles}
+
+
+def _pick(role, kind, columns, forced):
+    fits = {
+        "image": is_image, "tokens": is_list, "tags": is_list,
+        "label": lambda v: is_class(v) or (forced and not is_list(v)),
+        "target": lambda v: numbers(v) is not None and (forced or not is_class(v)),
+        "text": is_text, "text_pair": is_text, "prompt": is_text, "response": is_text,
+    }[role]
+    low = {c.lower().replace("-", "_").replace(" ", "_"): c for c in columns if isinstance(c, str)}
+    named = [low[n] for n in NAMES[role] if n in low and fits(columns[low[n]])]
+    if role == "response" and not forced:
+        named = [c for c in named if not is_class(columns[c])]       # a closed set of answers is a label
+    if named:
+        return named[0]
+    if role in ("image", "tokens", "tags", "label", "target", "text"):
+        able = [c for c, v in columns.items() if fits(v) and not (role == "target" and c.lower() in ("id", "index", "idx"))]
+        if role == "text":                                           # the longest text, not a code
+            return max((c for c in able if forced or not is_class(columns[c])), default=None,
+                       key=lambda c: sum(len(v or "") for v in columns[c]))
+        if role == "label":
+            able = [c for c in able if c.lower() not in ("id", "index", "idx")] or able
+            return min(able, default=None, key=lambda c: len(set(map(str, columns[c])))) if len(columns) > 1 or able else None
+        return able[0] if able else None
+    return None

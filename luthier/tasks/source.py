@@ -1,0 +1,266 @@
+"""From what the user names (a file, a folder, arrays, a data set) to splits: {"train": Table, "val": Table or absent, "test": ...}."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadData, UnknownName, nearest
+from .read import SUFFIXES, Table, suffix, table
+
+SPLITS = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "devel"),
+          "test": ("test", "testing", "tst", "eval", "all")}
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_SPLIT = re.compile(r"^(?:(?P<base>.*?)[_.-])?(?P<split>" + "|".join(w for s in SPLITS.values() for w in s) + r")(?:-\d+-of-\d+)?$", re.I)
+
+
+@dataclass
+class Data:
+    source: str
+    splits: dict                                     # name -> Table
+    notes: list = field(default_factory=list)        # what was found, done and left out, for describe()
+    classes: list = None                             # names of integer labels
+    columns: dict = field(default_factory=dict)      # roles that the source itself fixes
+    task: str = None
+    metric: str = None
+
+
+# What some sets of $LUTHIER_DATA mean, where their column names do not say it.
+MEANING = {
+    "cola": dict(metric="matthews"),
+    "e2e_nlg": dict(columns={"prompt": "mr", "response": "ref"}),
+    "multi30k": dict(columns={"prompt": "en", "response": "de"}),
+    "java_to_cs": dict(columns={"prompt": "java", "response": "cs"}),
+    "mts_dialog": dict(columns={"prompt": "dialogue", "response": "section_text"}),
+    "humaneval": dict(columns={"prompt": "prompt", "response": "canonical_solution"}),
+    "trec": dict(classes=["DESC", "ENTY", "ABBR", "HUM", "NUM", "LOC"]),
+}
+
+
+def find(source, seed=0):
+    """Data for whatever `source` names."""
+    if isinstance(source, dict):
+        return _arrays(source, "arrays")
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, seed)
+    if path.is_file():
+        return _npz(path) if suffix(path) == ".npz" else _beside(path, seed)
+    if source in BUILT_IN:
+        return BUILT_IN[source](seed)
+    if (found := _named(source, seed)) is not None:
+        return found
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not suffix(source) and not path.parent.is_dir() or source.startswith("hub:"):
+        return _hub(source.removeprefix("hub:"), seed)
+    if os.sep in source or suffix(source):
+        here = path.parent if path.parent.is_dir() else Path(".")
+        near = [str(here / n) if here != Path(".") else n for n in os.listdir(here)]
+        raise BadData(f"There is no file or folder {source}. {nearest(source, near)} Check the path (from {Path.cwd()}).")
+    root = os.environ.get("LUTHIER_DATA")
+    hint = "" if root else " Data sets of a folder of yours are found by name when LUTHIER_DATA names it."
+    raise UnknownName(f"No data set is called {source!r}, and there is no such file. {nearest(source, known())} Give a file, a folder, a "
+                      f"hub id OWNER/NAME, or a built-in name.{hint}")
+
+
+def known():
+    """Built-in names and those that $LUTHIER_DATA offers."""
+    return list(BUILT_IN) + sorted(_shelf())
+
+
+def _shelf():
+    """name -> files, of the folder $LUTHIER_DATA: data.npz folders and the stems of tables, underscores and hyphens alike."""
+    root = os.environ.get("LUTHIER_DATA")
+    found = {}
+    for path in sorted(Path(root).glob("*/*")) if root and Path(root).is_dir() else ():
+        if path.name == "data.npz":
+            found[path.parent.name.replace("-", "_")] = [path]
+        elif suffix(path) in SUFFIXES and path.name.lower() not in ("readme.txt",):
+            base, _ = _stem(path)
+            found.setdefault((base or path.parent.name).replace("-", "_"), []).append(path)
+    return found
+
+
+def _named(name, seed):
+    shelf, key = _shelf(), name.replace("-", "_")
+    hits = [k for k in shelf if k == key] or [k for k in shelf if k.startswith(key + "_") and shelf[k][0].name == "data.npz"]
+    if not hits:
+        return None
+    paths = shelf[hits[0]]
+    data = _npz(paths[0]) if paths[0].name == "data.npz" else _tables(paths, str(paths[0].parent / hits[0]), seed)
+    for field_name, value in MEANING.get(hits[0], {}).items():
+        setattr(data, field_name, value)
+    return data
+
+
+def _stem(path):
+    """(name without split word, split or None) of a file name: foo_train.csv.gz -> ("foo", "train")."""
+    name = path.name
+    while (end := Path(name).suffix.lower()) and end in (*SUFFIXES, ".gz"):
+        name = name[:-len(end)]
+    match = _SPLIT.match(name)
+    if not match:
+        return name, None
+    word = match["split"].lower()
+    return match["base"] or "", next(s for s, words in SPLITS.items() if word in words)
+
+
+def _beside(path, seed):
+    """A file, with the other splits beside it when its name says that it is one."""
+    base, split = _stem(path)
+    if split is None:
+        return Data(str(path), {"all": table(path, seed, notes := [])}, notes)
+    mates = [p for p in sorted(path.parent.iterdir()) if p.is_file() and suffix(p) in SUFFIXES and _stem(p)[0] == base
+             and _stem(p)[1] not in (None, split)]
+    return _tables([path, *mates], str(path), seed)
+
+
+def _tables(paths, source, seed):
+    splits, notes = {}, []
+    for path in paths:
+        split = _stem(path)[1] or "all"
+        if path.name.lower().startswith("all") or re.search(r"[_.-]all\.", path.name, re.I):
+            split = "all"
+        one = table(path, seed, notes)
+        if split in splits:                          # shards of one split
+            one = _join(splits[split], one)
+        splits[split] = one
+        notes.append(f"{split}: {path.name}")
+    if "train" not in splits:                        # a lone test file is split like any other
+        rest = list(splits.values())
+        splits = {"all": rest[0]}
+        for more in rest[1:]:
+            splits["all"] = _join(splits["all"], more)
+    else:
+        splits.pop("all", None)
+    return Data(source, splits, notes)
+
+
+def _join(a, b):
+    names = list(dict.fromkeys([*a.columns, *b.columns]))
+    columns = {n: (a.columns.get(n) or [None] * len(a)) + (b.columns.get(n) or [None] * len(b)) for n in names}
+    return Table(columns, a.source, [f"{x} of {Path(t.source).name}" if t is not a else x for t in (a, b) for x in t.lines], a.unit)
+
+
+def _folder(path, seed):
+    """data.npz; tables with split names; one table; or images by class, in split folders or not."""
+    if (path / "data.npz").is_file():
+        return _npz(path / "data.npz")
+    files = [p for p in sorted(path.iterdir()) if p.is_file() and suffix(p) in SUFFIXES and not p.name.lower().startswith("readme")]
+    inner = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    if not files and [p.name for p in inner] == ["data"]:            # a data set's snapshot keeps its shards in data/
+        return _folder(path / "data", seed)
+    if files:
+        bases = sorted({_stem(p)[0] for p in files})
+        if len(bases) > 1:
+            raise BadData(f"The folder {path} holds several tables ({', '.join(b or files[0].name for b in bases[:5])}). "
+                          "Give one file instead.")
+        return _tables(files, str(path), seed)
+    splits = {s: p for p in inner for s, words in SPLITS.items() if p.name.lower() in words}
+    if "train" in splits:
+        return Data(str(path), {s: _images(p) for s, p in splits.items()}, [f"{s}: {p.name}/" for s, p in splits.items()])
+    return Data(str(path), {"all": _images(path)})
+
+
+def _images(path):
+    """Images of a folder with one folder a class."""
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    seen = {}
+    for c in classes:
+        key = c.name.strip().lower()
+        if key in seen:
+            raise BadData(f"{path}: the class folders {seen[key]!r} and {c.name!r} differ in case or spaces only. Merge or rename them.")
+        seen[key] = c.name
+    files = [(p, c.name) for c in classes for p in sorted(c.rglob("*")) if p.suffix.lower() in IMAGES]
+    if not files:
+        raise BadData(f"The folder {path} holds neither a table ({' '.join(SUFFIXES)}, data.npz) nor images in one folder a class. "
+                      f"It holds: {', '.join(sorted(os.listdir(path))[:5]) or 'nothing'}. Put each class's images in a folder named "
+                      "for it.")
+    empty = [c.name for c in classes if c.name not in {name for _, name in files}]
+    if empty:
+        raise BadData(f"{path}: the class folder {empty[0]!r} holds no image ({' '.join(IMAGES)}). Fill or remove it.")
+    return Table({"image": [str(p) for p, _ in files], "label": [name for _, name in files]}, str(path),
+                 [str(p.relative_to(path)) for p, _ in files], "file")
+
+
+def _npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files}
+    except Exception as error:                       # zipfile, zlib, numpy and struct each raise their own
+        raise BadData(f"{path} cannot be read as .npz without pickles: {str(error).splitlines()[0][:200]} "
+                      "Save plain arrays with numpy.savez.") from error
+    return _arrays(arrays, str(path))
+
+
+def _arrays(arrays, source):
+    """Arrays named [SPLIT_]images (N, H, W[, C]) or [SPLIT_]bytes + [SPLIT_]offsets (encoded files), [SPLIT_]labels, classes."""
+    splits = {}
+    for split in ("train", "val", "test", ""):
+        pre = split + "_" if split else ""
+        get = {k: np.asarray(arrays[pre + k]) for k in ("images", "bytes", "offsets", "labels") if pre + k in arrays}
+        if "images" in get:
+            images = list(get["images"])
+            if get["images"].ndim not in (3, 4):
+                raise BadData(f"{source}: {pre}images has the shape {get['images'].shape}. Images are (N, H, W) or (N, H, W, C).")
+        elif {"bytes", "offsets"} <= get.keys():
+            offsets, raw = get["offsets"], get["bytes"]
+            if (np.diff(offsets) < 0).any() or offsets[-1] > len(raw):
+                raise BadData(f"{source}: {pre}offsets do not fit {pre}bytes ({len(raw)} bytes). Save the file again.")
+            images = [raw[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        else:
+            continue
+        labels = get.get("labels")
+        if labels is None or labels.reshape(-1).shape[0] != len(images):
+            raise BadData(f"{source}: {len(images)} {pre}images, but {'no' if labels is None else labels.size} {pre}labels. "
+                          f"Store one label an image under {pre}labels.")
+        columns = {"image": images, "label": labels.reshape(-1).tolist()}
+        if pre + "text" in arrays:
+            columns["text"] = [str(t) for t in arrays[pre + "text"]]
+        splits[split or "all"] = Table(columns, source, None, f"{split or 'row'}" if split else "row")
+    if not splits:
+        raise BadData(f"{source} holds the arrays {', '.join(arrays)}, and none is called images (or train_images, train_bytes). "
+                      f"{nearest('images', arrays)} Save images (N, H, W, C) and labels (N,).")
+    if "train" not in splits:
+        splits = {"all": next(iter(splits.values()))}
+    classes = [str(c) for c in arrays["classes"]] if "classes" in arrays else None
+    notes = ["the column text is not used: images are classified alone"] if "text" in next(iter(splits.values())).columns else []
+    return Data(source, splits, notes, classes, {"image": "image", "label": "label"}, "image-classification")
+
+
+def _hub(name, seed):
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadData(f"{name} reads as a hub data set, and the package datasets is not installed. pip install datasets, or give a "
+                      "file or folder.") from error
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:
+        raise BadData(f"The hub data set {name} could not be loaded: {str(error).splitlines()[0][:200]} Check the name and the "
+                      "network, or download its files and give their folder.") from error
+    splits = {}
+    for split, part in found.items():
+        key = next((s for s, words in SPLITS.items() if split.lower() in words), None)
+        if key and key not in splits:
+            part = part.shuffle(seed=seed).select(range(1_000_000)) if len(part) > 1_000_000 else part
+            splits[key] = Table({n: list(part[n]) for n in part.column_names}, f"{name} ({split})", None, "row")
+    if "train" not in splits:
+        splits = {"all": next(iter(splits.values()))}
+    feature = next((f for n, f in part.features.items() if n in ("label", "labels") and hasattr(f, "names")), None)
+    return Data(name, splits, [], feature.names if feature else None)
+
+
+def _digits(seed):
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BadData("The built-in data digits needs scikit-learn. pip install scikit-learn") from error
+    d = load_digits()
+    images = (d.images * (255 / 16)).round().astype(np.uint8)        # (1797, 8, 8), stored as 0..16
+    return _arrays({"images": images, "labels": d.target, "classes": [str(n) for n in range(10)]}, "digits")
+
+
+BUILT_IN = {"digits": _digits}
