@@ -53,14 +53,15 @@ class Host:
         return self.patches[module]
 
     def _port(self, s):
-        key = (s.module, s.layout)
+        key = (s.module, s.layout, s.tower)         # an embedding may serve two towers
         if key not in self.ports:
             self.ports[key] = (Mid if s.layout == "mid" else Port)(self, s)
         return self.ports[key]
 
     def _stack(self, stack):
-        if stack.module not in self.stacks:
-            self.stacks[stack.module] = StackPort(self, stack)
+        for s in [stack] + ([o for o in self.towers if o.cross] if stack.name == "encoder" else []):
+            if s.module not in self.stacks:                 # a decoder's port lengthens the mask over its encoder's tokens
+                self.stacks[s.module] = StackPort(self, s)
 
     def drop(self, owner):
         """Take one attachment out; with the last one, every trace of the host."""
@@ -279,6 +280,8 @@ class _Intercept(TorchFunctionMode):
         t = stack.tokens if stack is not None else None
         if stack is not None and t is None:                 # no stream was touched before this block: the stream starts here
             t = stack.take(query.new_empty(len(query), query.shape[-2], 0))
+        if t is not None and attn_mask is not None and attn_mask.shape[-1] not in (1, key.shape[-2]):
+            attn_mask = self._recut(t, attn_mask, key)
         a = Attention(query, key, value, t, attn_mask, is_causal, scale, dropout_p, enable_gqa)
         for e in self.entries:
             a = call(e.method, "attend", a=a, p=e.p)
@@ -287,6 +290,14 @@ class _Intercept(TorchFunctionMode):
         if stack is not None:
             stack.tokens = a.t
         return a.run()
+
+
+    def _recut(self, t, mask, key):
+        """The model's mask was made before tokens merged: padding is read from the lane that moved with them."""
+        if mask.shape[1] != 1 or t.causal or key.shape[-2] != t.h.shape[1]:
+            raise DoesNotFit(f"{self.entries[0].site.name} adds a bias per pair of positions ({tuple(mask.shape)}), which no longer "
+                             f"fits {key.shape[-2]} merged tokens. Use the method on a model without such biases.")
+        return None if t.mask is None else t.mask[:, None, None, :]
 
 
 # -- token streams ------------------------------------------------------------------------------------------------
@@ -311,16 +322,16 @@ class StackPort:
         self.tokens = self.proto = self.cache = None
 
     def embed_port(self):
-        return self.host.ports.get((self.stack.embed_module, "out"))
+        return self.host.ports.get((self.stack.embed_module, "out", self.stack.name))
 
     def length(self):
         """How many tokens the methods at the embedding insert; found once by running them on a dummy stream."""
         if self.inserted is None:
             port, s = self.embed_port(), self.stack
             self.inserted, self.spans = 0, {}
-            if port is not None and port.live and s.dim:
+            if port is not None and port.live:
                 like = next(s.module.parameters())
-                t = Tokens(like.new_zeros(1, s.fixed + 8, s.dim), fixed=s.fixed, causal=s.causal)
+                t = Tokens(like.new_zeros(1, s.fixed + 8, port.site.d_out), fixed=s.fixed, causal=s.causal)
                 with torch.no_grad():
                     for e in port.live:
                         t = call(e.method, "stream", t=t, p=e.p)

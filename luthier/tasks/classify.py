@@ -20,9 +20,7 @@ def names_of(values):
 
 def label(value):
     """One spelling for one class: 1, 1.0, "1" and " 1 " are the same."""
-    if isinstance(value, float) and value == int(value) if value == value and abs(value) < 1e15 else False:
-        value = int(value)
-    return str(value).strip()
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 class Labelled(Task):

@@ -35,7 +35,7 @@ MEANING = {
     "java_to_cs": dict(columns={"prompt": "java", "response": "cs"}),
     "mts_dialog": dict(columns={"prompt": "dialogue", "response": "section_text"}),
     "humaneval": dict(columns={"prompt": "prompt", "response": "canonical_solution"}),
-    "trec": dict(classes=["DESC", "ENTY", "ABBR", "HUM", "NUM", "LOC"]),
+    "trec": dict(classes=["DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"]),
 }
 
 

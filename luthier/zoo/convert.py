@@ -42,7 +42,9 @@ def gguf(source, folder):
     """A quantised GGUF file -> float32 weights (about 17 s for 135M parameters)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
-    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    fill(type(read)(config), read.state_dict(), source.name).save_pretrained(folder)     # plain: no longer marked as quantised
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 

@@ -27,7 +27,7 @@ class adalora(Method):
     every: int = 1                         # steps between two allocations
     beta1: float = 0.85
     beta2: float = 0.85
-    limits = {"warmup": (0, 1), "final": (0, 1), "beta1": (0, 1), "beta2": (0, 1)}
+    limits = {"warmup": (0, 0.5), "final": (0, 0.5), "beta1": (0, 1), "beta2": (0, 1)}
 
     def init(self, site):                  # trains rank * (d_in + d_out + 1), in the end target * (...) on average
         P, Q = (site.normal(self.rank, d, std=d**-0.5) for d in (site.d_out, site.d_in))     # rows of about unit length
@@ -56,8 +56,8 @@ class adalora(Method):
                                      "Set tuned.total_steps before training.")
         states, k = list(run.states.values()), run.k
         start, stop = int(self.warmup * run.total), run.total - int(self.final * run.total)
-        if k < stop:
-            for p in states:
+        for p in states:
+            if k < stop or not len(p.I):
                 w = [p.P, p.lam[:, None], p.Q]
                 now = torch.cat([t * g for t, g in zip(w, (p.P.grad, p.lam.grad[:, None], p.Q.grad), strict=True)], 1).abs()
                 mean, spread = (p.I, p.U) if len(p.I) else (torch.zeros_like(now), torch.zeros_like(now))

@@ -53,7 +53,7 @@ class pitome(Method):
         if self.protect:
             e = energy(similar, p.m, self.alpha)
             e = e if real is None else e.masked_fill(~real, torch.inf)
-            order = e.argsort(1, descending=True, stable=True)[:, :2 * r]
+            order = e.argsort(dim=1, descending=True, stable=True)[:, :2 * r]
             A, B = order[:, ::2], order[:, 1::2]
         else:
             odd = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2])
