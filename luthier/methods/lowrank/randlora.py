@@ -3,7 +3,8 @@ Albert et al., RandLoRA, ICLR 2025. arXiv:2502.00987 §4; constants after the au
 D = max, n = ⌈d/r⌉: B_j: (D, r) and A: (r, d) are random with unit standard deviation, shared by all sites of one shape;
 Λ_j: (r,) = 0 and Γ_j: (d,) = 1/d train. Where d_out < d_in the sum is transposed, so that Γ is always the short side.
 
-`ternary` draws the bases from {-1, 0, +1} with probabilities 1/6, 2/3, 1/6 (§5, sparse bases).
+`ternary` draws the bases from {-1, 0, +1} with probabilities 1/6, 2/3, 1/6 (sparse bases); keep rank at 8 or more then, since a
+column of A that is all zero is a feature that cannot change.
 """
 
 from luthier.method import Method, method
