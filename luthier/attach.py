@@ -160,7 +160,8 @@ class Tuned(nn.Module):
         known, self._states_of, self._pools = {}, {}, {}
         for step in self._plan.steps:
             m, i = step.method, step.number
-            self._states_of[i], pool = {}, self._pools.setdefault(i, {})
+            own = tuple(s for s in step.sites if s not in step.twins)
+            self._states_of[i], pool = {}, self._pools.setdefault(i, {"sites": own})
             bound = {s: s.bound(seed=self.seed, step=i, pool=pool, n_sites=len(step.sites), rank=r)
                      for r, s in enumerate(step.sites)}
             observed = m.has("observe") and state is None
