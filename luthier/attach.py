@@ -160,10 +160,10 @@ class Tuned(nn.Module):
         known, self._states_of, self._pools = {}, {}, {}
         for step in self._plan.steps:
             m, i = step.method, step.number
-            own = tuple(s for s in step.sites if s not in step.twins)
-            self._states_of[i], pool = {}, self._pools.setdefault(i, {"sites": own})
+            self._states_of[i], pool = {}, self._pools.setdefault(i, {})
             bound = {s: s.bound(seed=self.seed, step=i, pool=pool, n_sites=len(step.sites), rank=r)
                      for r, s in enumerate(step.sites)}
+            pool["sites"] = [bound[s] for s in step.sites if s not in step.twins]
             observed = m.has("observe") and state is None
             for group in self._groups(step, observed):
                 seen = self._calibrate(m, group, data, loss) if observed else {}
