@@ -2,9 +2,9 @@
 He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, 2021. arXiv:2110.04366 §3.3-3.4, table 1:
 
 form         softmax(x Dᵀ) Uᵀ  |  relu(x Dᵀ) Uᵀ  |  "linear": x Dᵀ Uᵀ
-position     `at`: weights ("attn.q attn.v"), sublayers ("attn.out", "mlp.in mlp.out"), or heads ("attn": x is each head's query)
+position     `at`: weights ("attn.q attn.v"), sublayers ("attn.out", "mlp.in mlp.out") or heads ("attn": x is a head's query)
 insertion    "parallel": x is the input of what h comes out of  |  "sequential": x = h
-composition  "add": h + Δh  |  "scaled": h + s Δh  |  "gated": (1 - λ) h + λ Δh, λ the attention a prefix D would draw (heads only)
+composition  "add": h + Δh  |  "scaled": h + s Δh  |  "gated": (1 - λ) h + λ Δh, λ the attention prefix D draws (heads only)
 
 adapter  relu, attn.out mlp.out, sequential, add        parallel adapter  relu, mlp.in mlp.out, parallel, add (or scaled)
 LoRA     linear, attn.q attn.v, parallel, scaled        prefix            softmax, attn, parallel, gated

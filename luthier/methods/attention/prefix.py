@@ -3,8 +3,8 @@ Li & Liang, Prefix-Tuning, 2021. arXiv:2101.00190 §4.2-4.3. `reparam=True` as i
 [K_P; V_P]_l = W_l tanh(W E + w) + w_l  with E: (n, D) and W: (mid, D) shared by all layers, W_l: (2 Hkv Dh, mid) of each layer
 (N(0, 1) and U(±fan_in^-½) at init, as in the authors' code). `reparam=False`: K_P and V_P train directly, from N(0, std²).
 
-Keys that all queries see have no position: under RoPE they are not turned, and no position of the sequence is shifted (the authors
-and peft shift it by n, as the prefix poses as a KV cache). With grouped queries the prefix has the key/value heads.
+Keys that all queries see have no position: under RoPE they are not turned, and no position in the sequence is shifted (the
+authors and peft shift it by n, as the prefix poses as a KV cache). With grouped queries the prefix has the key/value heads.
 """
 
 import torch

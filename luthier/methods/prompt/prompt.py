@@ -19,7 +19,7 @@ class prompt(Method):
 
     def init(self, site):                  # trains n D
         embed = getattr(site.stack.embed_module, "weight", None)
-        if site.stack.cross:               # the decoder of an encoder-decoder
+        if site.tower == "decoder":
             return None
         if not self.vocab or embed is None or embed.dim() != 2 or embed.shape[1] != site.d_out:
             return dict(P=site.normal(self.n, site.d_out, std=self.std))

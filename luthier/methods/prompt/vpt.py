@@ -19,7 +19,7 @@ class vpt(Method):
     def init(self, site):                  # trains n D, deep: n D per block
         if site.block is not None and not self.deep:
             return None
-        convs = [m.weight for m in site.stack.embed_module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+        convs = [m.weight for m in site.stack.module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
         fan_in = convs[0][0].numel() if convs else site.d_out          # 3 patch² of the patch embedding
         return dict(P=site.uniform(self.n, site.d_out, bound=(6 / (fan_in + site.d_out))**0.5))
 

@@ -1,6 +1,6 @@
 """Mix-and-match adapter: a short prefix at the attention, a wide scaled parallel adapter beside the MLP.
-He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, 2021. arXiv:2110.04366 §4.6: prefix length 30, width 512,
-s = 4, U = 0 ("LoRA init"). They find that small changes suit the attention and large ones the MLP.
+He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, 2021. arXiv:2110.04366 §4.6: prefix length 30,
+width 512, s = 4, U = 0 ("LoRA init"). They find that small changes suit the attention and large ones the MLP.
 """
 
 from luthier.method import recipe

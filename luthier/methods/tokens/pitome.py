@@ -32,8 +32,8 @@ class pitome(Method):
 
     def init(self, site):
         if site.stack.causal:
-            raise DoesNotFit(f"pitome merges later tokens into earlier ones, and {site.name} is causal: it would read the future. "
-                             "Use it on an encoder.")
+            raise DoesNotFit(f"pitome merges later tokens into earlier ones, and {site.name} is causal: that would read "
+                             "the future. Use it on an encoder: pitome(at=\"encoder.block.*.attn encoder.block.*.mid\").")
         return dict(m=self.margin * (1 - site.block / site.stack.n_blocks))
 
     def attend(self, a, p):                # a.k: (B, H, T, Dh)
