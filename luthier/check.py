@@ -1,0 +1,548 @@
+"""The contract of every method, checked: `luthier check NAME | --all | --import my_method.py`.
+
+Each check runs on tiny models of eight kinds in two dtypes. A check returns None when it passed or a reason why it does not
+apply, and raises AssertionError when it failed. What a method cannot keep it names in `exempt`, with the reason; an exemption
+that nothing needs fails, too. A method must apply to at least one of the models.
+"""
+
+import copy
+import itertools
+import json
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from . import save, tiny
+from .attach import attach, attached
+from .errors import BadOrder, DoesNotFit, LuthierError, NoSuchSite, NotMergeable, nearest
+from .method import Chain, discover, lookup, parse
+
+TOL = {torch.float32: 2e-5, torch.bfloat16: 5e-2}          # of the largest output; the only tolerances there are
+DTYPES = tuple(TOL)
+CHECKS = {}
+INAPPLICABLE = (NoSuchSite, DoesNotFit, BadOrder)
+
+
+@dataclass(frozen=True)
+class Row:
+    method: str
+    model: str
+    dtype: str
+    check: str
+    verdict: str                           # pass | FAIL | exempt | n/a
+    why: str = ""
+
+
+def check(fn):
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+# -- one chain on one model -----------------------------------------------------------------------------------
+class Case:
+    def __init__(self, chain, name, dtype, folder):
+        self.chain, self.name, self.dtype, self.folder = chain, name, dtype, Path(folder)
+        self.batch = tiny.batch(name, dtype)
+        self.data = [tiny.batch(name, dtype, seed) for seed in (5, 6)]
+        self.renew()
+
+    def renew(self):
+        self.model = tiny.build(self.name, self.dtype)
+        self.base = run(self.model, self.batch)
+        self.before = Snapshot(self.model)
+
+    def has(self, verb):
+        return any(m.has(verb) for m in self.chain)
+
+    def excused(self, name):
+        return any(name in m.exempt for m in self.chain)
+
+    def attach(self, seed=0, jiggled=True):
+        """The chain on the model; jiggled: every trained tensor moved away from its start, as training would."""
+        tuned = attach(self.model, self.chain, data=self.data, seed=seed, loss=loss)
+        return jiggle(tuned) if jiggled else tuned
+
+    def close(self, a, b, what):
+        gap, scale = (a - b).abs().max().float(), b.abs().max().float()
+        assert gap <= TOL[self.dtype] * scale, f"{what}: off by {gap / scale:.1e} of the largest value, {TOL[self.dtype]:.0e} allowed"
+
+
+def run(model, batch):
+    with torch.no_grad():
+        return tiny.output(model, batch)
+
+
+def loss(model, batch):
+    """Some scalar that every output has a say in, and that no normalisation makes constant."""
+    y = tiny.output(model, batch).float()
+    return (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() / y.numel() ** 0.5 + 0.1 * y.square().mean()
+
+
+def jiggle(tuned, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    for _, p in tuned.trainable():
+        p.data.add_(0.1 * torch.randn(p.shape, generator=g).to(p))
+    return tuned
+
+
+class Snapshot:
+    """Everything about a model that detaching must bring back: objects by identity, tensors by their bits."""
+
+    def __init__(self, model):
+        self.things, self.tensors = {}, {}
+        for path, m in model.named_modules(remove_duplicate=False):
+            for k, v in vars(m).items():
+                if k in ("_parameters", "_buffers"):
+                    for n, t in v.items():
+                        self.things[path, k, n] = t, id(t), None if t is None else (t.requires_grad, t.dtype, t.grad)
+                        if t is not None and id(t) not in self.tensors:
+                            self.tensors[id(t)] = f"{path}.{n}", t, t.detach().clone()
+                elif k.endswith("_hooks") or "_hooks_" in k:
+                    self.things[path, k] = v, None, [id(h) for h in v.values()] if isinstance(v, dict) else v
+                elif k != "training":
+                    plain = v is None or isinstance(v, bool | int | float | str)
+                    self.things[path, k] = v, None if plain else id(v), v if plain else None
+        config = getattr(model, "config", None)
+        self.config = config.to_dict() if hasattr(config, "to_dict") else None
+
+    def written(self):
+        """Names of tensors whose bits changed since."""
+        return [name for name, t, old in self.tensors.values() if not torch.equal(t.detach(), old)]
+
+    def differs(self, model):
+        now = Snapshot(model)
+        for key in self.things.keys() | now.things.keys():
+            if key not in now.things or key not in self.things or self.things[key][1:] != now.things[key][1:]:
+                how = "gone" if key not in now.things else "left behind" if key not in self.things else "changed"
+                return f"{'.'.join(key)} is {how}"
+        if self.config != now.config:
+            return "the config changed"
+        return next((f"the bits of {name} changed" for name in self.written()), None)
+
+
+# -- the checks -----------------------------------------------------------------------------------------------
+@check
+def identity_at_init(c):
+    """Attached and not yet trained, the model computes what it did."""
+    c.close(run(c.attach(jiggled=False), c.batch), c.base, "attaching changed the output")
+
+
+@check
+def acts_when_perturbed(c):
+    """The state reaches the output."""
+    tuned = c.attach()
+    if not tuned.trainable() and not c.excused("identity_at_init"):
+        return "nothing trains, nothing changes"
+    y = run(tuned, c.batch)
+    assert y.shape == c.base.shape, f"the output's shape became {tuple(y.shape)}"
+    assert y.isfinite().all(), "the output is not finite"
+    assert (y - c.base).abs().max() > TOL[c.dtype] * c.base.abs().max(), "moving every trained tensor changed nothing"
+
+
+@check
+def same_from_seed(c):
+    """The start depends on the seed alone, and drawing it leaves torch's own generator where it was."""
+    states = []
+    for _ in range(2):
+        torch.randn(3)
+        before = torch.get_rng_state()
+        tuned = c.attach(jiggled=False)
+        assert torch.equal(before, torch.get_rng_state()), "attaching drew from torch's global generator"
+        states.append({n: t.clone() for n, t in [*tuned.states.named_parameters(), *tuned.states.named_buffers()]})
+        tuned.detach()
+    assert states[0].keys() == states[1].keys(), "two attachments have other states"
+    for n, t in states[0].items():
+        assert torch.equal(t, states[1][n]), f"{n} differs between two attachments with one seed"
+
+
+@check
+def fast_equals_weight(c):
+    """`fast` computes what `weight` specifies."""
+    if not c.has("fast"):
+        return "no fast verb"
+    tuned = c.attach()
+    quick = run(tuned, c.batch)
+    tuned.fast = False
+    c.close(quick, run(tuned, c.batch), "fast and weight differ")
+
+
+@check
+def only_declared_train(c):
+    """Exactly the tensors that init returned as Parameters get gradients, and each of them does."""
+    tuned = c.attach()
+    total = loss(tuned, c.batch) + tuned.penalty()
+    leaves, todo, seen = [], [total.grad_fn], set()
+    while todo:                            # every leaf that the graph would write a gradient to
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves += [node.variable] if hasattr(node, "variable") else []
+        todo += [n for n, _ in node.next_functions]
+    mine = {id(p): n for n, p in tuned.trainable()}
+    base = {id(t): n for n, t, _ in c.before.tensors.values()}
+    for leaf in leaves:
+        assert id(leaf) in mine, f"{base.get(id(leaf), 'a tensor outside the state')} {tuple(leaf.shape)} would be trained"
+    assert not mine or total.requires_grad, "nothing that trains reaches the loss"
+    if not mine:
+        return "nothing trains"
+    total.backward()
+    dead = [n for n, p in tuned.trainable() if p.grad is None or not p.grad.any()]
+    assert not dead, f"no gradient reaches {', '.join(dead[:3])} ({len(dead)} of {len(mine)})"
+    assert all(p.grad.isfinite().all() for _, p in tuned.trainable()), "a gradient is not finite"
+    assert all(t.grad is None for _, t, _ in c.before.tensors.values()), "a base tensor has a gradient"
+
+
+@check
+def base_never_written(c):
+    """Forward, backward, optimizer and schedule leave every base tensor, buffers included, as it was to the bit."""
+    tuned = c.attach().train()
+    if tuned.trainable():
+        optimizer = torch.optim.AdamW([p for _, p in tuned.trainable()], lr=1e-2)
+        (loss(tuned, c.batch) + tuned.penalty()).backward()
+        optimizer.step()
+        tuned.total_steps = 2
+        tuned.step(optimizer)
+        optimizer.zero_grad()
+    run(tuned, c.batch)
+    tuned.eval()
+    run(tuned, c.batch)
+    written = c.before.written()
+    assert not written, f"{', '.join(written[:3])} changed"
+
+
+@check
+def merge_equals_forward(c):
+    """Merged weights give the same output, and unmerging the very same; what is not a weight change is refused."""
+    tuned = c.attach()
+    y, weights = run(tuned, c.batch), all(m.has("weight") and not (m.has("stream") or m.has("attend")) for m in c.chain)
+    try:
+        tuned.merge()
+    except NotMergeable as e:
+        assert not weights or "bias" in str(e), f"refused to merge a change of weights: {e}"
+        assert torch.equal(run(tuned, c.batch), y), "a refused merge changed the output"
+        return None
+    assert weights, "merged what is not a change of weights"
+    c.close(run(tuned, c.batch), y, "merged and unmerged differ")
+    c.close(run(c.model, c.batch), y, "the merged model by itself differs")
+    tuned.unmerge()
+    assert torch.equal(run(tuned, c.batch), y), "unmerging did not bring back the same output"
+
+
+@check
+def detach_restores(c):
+    """The very same tensors, flags, hooks, forwards, dtype and tied-ness; after use, after training, after merging."""
+    for merged in (False, True):
+        tuned = c.attach()
+        run(tuned, c.batch)
+        if tuned.trainable():
+            loss(tuned, c.batch).backward()
+        if merged:
+            try:
+                tuned.merge()
+            except NotMergeable:
+                pass
+        assert tuned.detach() is c.model, "detach() returned another model"
+        odd = c.before.differs(c.model)
+        assert odd is None, f"{'after merging, ' if merged else ''}{odd}"
+        assert torch.equal(run(c.model, c.batch), c.base), "the detached model computes something else"
+
+
+@check
+def save_load_equal(c):
+    """A loaded state is the saved one to the bit, trains the same tensors, and takes no more room than its tensors need."""
+    tuned = c.attach()
+    y, names = run(tuned, c.batch), [n for n, _ in tuned.trainable()]
+    values = [p.detach().clone() for _, p in tuned.trainable()]
+    tuned.save(c.folder / "state", extra={"a": [1]})
+    need, size = save.stored_bytes(tuned), (c.folder / "state" / save.STATE).stat().st_size
+    keys = sum(len(step["tensors"]) for step in save.packed(tuned)[0])
+    assert need <= size <= need + 256 + 256 * keys, f"{size} bytes on disk for {need} bytes of tensors"
+    tuned.detach()
+    again = save.load(c.model, c.folder / "state")
+    assert torch.equal(run(again, c.batch), y), "the loaded state computes something else"
+    assert [n for n, _ in again.trainable()] == names, "the loaded state trains other tensors"
+    assert all(map(torch.equal, values, (p for _, p in again.trainable()))), "a loaded tensor differs"
+
+
+@check
+def loads_no_code(c):
+    """A saved folder is safetensors and JSON, and loading it runs nothing that came with it."""
+    c.attach().save(c.folder / "inert")
+    files = sorted(p.name for p in (c.folder / "inert").iterdir())
+    assert files == [save.RECIPE, save.STATE], f"the folder holds {files}"
+    json.loads((c.folder / "inert" / save.RECIPE).read_text())
+    c.renew()
+    with _watched() as events:
+        save.load(c.model, c.folder / "inert")
+    assert not events, f"loading ran {events[0]}"
+
+
+@check
+def cost_is_counted(c):
+    """What cost() says is what is there: parameters, bytes in the file, FLOPs of a forward pass."""
+    from . import cost
+
+    tuned = c.attach()
+    said = cost.counted(tuned, c.batch)
+    assert said.parameters == sum(p.numel() for _, p in tuned.trainable()), "trained parameters"
+    tuned.save(c.folder / "bytes")
+    raw = (c.folder / "bytes" / save.STATE).read_bytes()
+    there = len(raw) - 8 - int.from_bytes(raw[:8], "little")
+    assert 0 <= there - said.stored < 8, f"{said.stored} bytes said, {there} in the file"
+    there = cost.flops(lambda: run(tuned, c.batch))
+    assert said.flops == there, f"{said.flops} FLOPs said, {there} counted"
+    tuned.detach()
+    there = cost.flops(lambda: run(c.model, c.batch))
+    assert said.base_flops == there, f"{said.base_flops} FLOPs said of the base, {there} counted"
+
+
+@check
+def survives_deepcopy(c):
+    """A copy computes the same, and neither knows of the other afterwards."""
+    tuned = c.attach()
+    y = run(tuned, c.batch)
+    twin = copy.deepcopy(tuned)
+    assert torch.equal(run(twin, c.batch), y), "the copy computes something else"
+    jiggle(twin, seed=4)
+    if tuned.trainable():
+        loss(twin, c.batch).backward()
+        assert all(p.grad is None for _, p in tuned.trainable()), "training the copy gave the original gradients"
+    assert torch.equal(run(tuned, c.batch), y), "changing the copy changed the original"
+    assert torch.equal(run(twin.detach(), c.batch), c.base), "the copy's base differs after detaching"
+    assert torch.equal(run(tuned, c.batch), y), "detaching the copy changed the original"
+    tuned.detach()
+    odd = c.before.differs(c.model)
+    assert odd is None, f"after a copy was made, {odd}"
+
+
+@check
+def autocast(c):
+    """Runs, trains and starts as an identity under automatic mixed precision."""
+    if c.dtype != torch.float32:
+        return "fp32 models only"
+    with torch.autocast("cpu", torch.bfloat16):
+        base = run(c.model, c.batch).float()
+        tuned = c.attach(jiggled=False)
+        y = run(tuned, c.batch).float()
+        if not c.excused("identity_at_init"):
+            gap = (y - base).abs().max() / base.abs().max()
+            assert gap <= TOL[torch.bfloat16], f"attaching changed the output by {gap:.1e}"
+        y = run(jiggle(tuned), c.batch)
+        assert y.isfinite().all(), "the output is not finite"
+        if tuned.trainable():
+            loss(tuned, c.batch).backward()
+            bad = [n for n, p in tuned.trainable() if p.grad is None or not p.grad.isfinite().all()]
+            assert not bad, f"no finite gradient at {bad[0]}"
+
+
+@check
+def checkpointing(c):
+    """Gradient checkpointing gives the gradients that there are without it."""
+    if not getattr(c.model, "supports_gradient_checkpointing", False):
+        return "the model has no gradient checkpointing"
+    grads = []
+    for on in (False, True):
+        tuned = c.attach().train()
+        if not tuned.trainable():
+            tuned.detach()
+            return "nothing trains"
+        if on:
+            c.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss(tuned, c.batch).backward()
+        grads.append([p.grad.clone() for _, p in tuned.trainable()])
+        tuned.detach()
+    c.renew()
+    for a, b in zip(*grads, strict=True):
+        c.close(b, a, "a gradient")
+
+
+@check
+def generates(c):
+    """Generation with a KV cache gives the tokens and scores that recomputing everything gives."""
+    if c.dtype != torch.float32 or not hasattr(c.model, "generate") or "input_ids" not in c.batch:
+        return "fp32 generators only"
+    if not c.model.can_generate():
+        return "does not generate"
+    tuned, outs = c.attach(), []
+    batch = {k: v for k, v in c.batch.items() if not k.startswith("decoder")}
+    for cached in (True, False):
+        out = tuned.generate(**batch, max_new_tokens=4, do_sample=False, use_cache=cached, output_logits=True, eos_token_id=None,
+                             return_dict_in_generate=True)
+        outs.append(torch.stack(out.logits))
+    c.close(outs[0], outs[1], "logits with and without a cache")
+
+
+@check
+def compiles(c):
+    """torch.compile gives the same output."""
+    import torch._dynamo
+
+    tuned = c.attach()
+    y = run(tuned, c.batch)
+    torch._dynamo.reset()
+    try:
+        c.close(run(torch.compile(tuned, backend="aot_eager"), c.batch), y, "compiled and eager differ")
+    finally:
+        torch._dynamo.reset()
+
+
+SLOW = ("compiles",)                       # a second or more each: on the first model that takes the method, in fp32, only
+_events = None
+
+
+def _audit(event, args):
+    if _events is not None and (event in ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn")):
+        _events.append(f"{event} {args}")
+
+
+@contextmanager
+def _watched():
+    """Collects what Python itself reports of unpickling and of starting programs."""
+    global _events
+    if not getattr(sys, "_luthier_audit", False):
+        sys.addaudithook(_audit)
+        sys._luthier_audit = True
+    _events = []
+    try:
+        yield _events
+    finally:
+        _events = None
+
+
+# -- running them ---------------------------------------------------------------------------------------------
+def example(name, model, folder):
+    """A method (or recipe) with the hyperparameters it names for tiny models, as a Chain."""
+    found = lookup(name) if isinstance(name, str) else name
+    given = getattr(found, "example", {})
+    made = found(**(given(model, folder) if callable(given) else given))
+    return made if isinstance(made, Chain) else Chain((made,))
+
+
+def cell(name, model, dtype, checks=None, chain=None, folder=None):
+    """Rows of one method (or a chain) on one tiny model in one dtype."""
+    label, short = name if isinstance(name, str) else name.__name__, str(dtype).removeprefix("torch.")
+    if folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return cell(name, model, dtype, checks, chain, folder)
+
+    def row(check, verdict, why=""):
+        return Row(label, model, short, check, verdict, " ".join(str(why).split())[:300])
+
+    wanted = checks or [k for k in CHECKS if k not in SLOW]
+    chain = parse(chain) if chain else example(name, tiny.build(model, dtype), Path(folder))
+    case, rows = Case(chain, model, dtype, folder), []
+    try:
+        case.attach(jiggled=False).detach()
+    except INAPPLICABLE as e:
+        return [row(k, "n/a", e) for k in wanted]
+    except Exception as e:                 # a check must never take the others with it
+        return [row(k, "FAIL", f"attach: {type(e).__name__}: {e}") for k in wanted]
+    for k in wanted:
+        try:
+            why = CHECKS[k](case)
+            rows.append(row(k, "pass" if why is None else "n/a", why or ""))
+        except DoesNotFit as e:            # refused, with a reason, when it ran
+            rows.append(row(k, "n/a", e))
+        except Exception as e:
+            said = str(e) if type(e) is AssertionError else f"{type(e).__name__}: {e}"
+            rows.append(row(k, "exempt" if case.excused(k) else "FAIL", said))
+        finally:
+            if attached(case.model) or rows[-1].verdict != "pass" or case.before.differs(case.model):
+                case.renew()
+    return rows
+
+
+def judge(name, rows):
+    """The rows of one method, with what can only be said of all models together: needless exemptions, and that it applies."""
+    found = lookup(name) if isinstance(name, str) else name
+    label, own = rows[0].method, dict(getattr(found, "exempt", {})) if not isinstance(found, Chain) else {}
+    rows = list(rows)
+    for k, reason in own.items():
+        mine = [r for r in rows if r.check == k]
+        if k not in CHECKS:
+            rows.append(Row(label, "all", "", k, "FAIL", f"exempt names no check. {nearest(k, CHECKS)}"))
+        elif mine and not any(r.verdict == "exempt" for r in mine) and any(r.verdict == "pass" for r in mine):
+            rows.append(Row(label, "all", "", k, "FAIL", f"needless exemption ({reason}): it passes everywhere"))
+    if all(r.verdict == "n/a" for r in rows):
+        rows.append(Row(label, "all", "", "applies", "FAIL", f"applies to none of the tiny models: {rows[0].why}"))
+    return rows
+
+
+def run_all(names, models=None, dtypes=DTYPES, checks=None, slow=True, progress=None):
+    """Rows of every method in `names` on every tiny model in every dtype."""
+    everything = []
+    for name in names:
+        rows, done = [], False
+        for model, dtype in itertools.product(models or tiny.MODELS, dtypes):
+            rows += cell(name, model, dtype, checks)
+            if slow and not checks and not done and dtype == torch.float32 and any(r.verdict == "pass" for r in rows):
+                rows, done = rows + cell(name, model, dtype, SLOW), True
+            if progress:
+                progress(name, model, dtype)
+        everything += judge(name, rows)
+    return everything
+
+
+def table(rows):
+    """One line a method, one column a check; below it, what failed and why."""
+    methods, checks = list(dict.fromkeys(r.method for r in rows)), list(dict.fromkeys(r.check for r in rows))
+    width = max(map(len, [*methods, "method"]))
+    lines = [f"{'method':{width}}  " + "  ".join(checks)]
+    for m in methods:
+        marks = []
+        for k in checks:
+            here = [r.verdict for r in rows if (r.method, r.check) == (m, k)]
+            mark = "FAIL" if "FAIL" in here else "exempt" if "exempt" in here else "pass" if "pass" in here else "n/a"
+            marks.append(f"{mark:{len(k)}}")
+        lines.append(f"{m:{width}}  " + "  ".join(marks).rstrip())
+    bad = [r for r in rows if r.verdict == "FAIL"]
+    lines += ["", *(f"FAIL {r.method} on {r.model} {r.dtype}: {r.check}: {r.why}" for r in bad)] if bad else []
+    count = {v: sum(r.verdict == v for r in rows) for v in ("pass", "FAIL", "exempt", "n/a")}
+    return "\n".join([*lines, "", ", ".join(f"{n} {v}" for v, n in count.items())])
+
+
+def as_json(rows):
+    return [asdict(r) for r in rows]
+
+
+# -- pairs ----------------------------------------------------------------------------------------------------
+PAIR_MODELS = ("llama", "vit")
+
+
+def pair(a, b, model):
+    """"ok" when `a >> b` runs on the tiny model and comes off again exactly, else "refused: why". Anything else raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = tiny.build(model)
+        case = Case(example(a, fresh, Path(folder)) >> example(b, fresh, Path(folder)), model, torch.float32, folder)
+        tuned, y, said = None, case.base, "ok"
+        try:
+            tuned = case.attach()
+            y = run(tuned, case.batch)
+            if tuned.trainable():
+                loss(tuned, case.batch).backward()
+        except LuthierError as e:
+            said = f"refused: {' '.join(str(e).split())}"
+        finally:
+            if tuned is not None:
+                tuned.detach()
+        assert y.shape == case.base.shape, f"{a} >> {b} on {model}: the output's shape became {tuple(y.shape)}"
+        assert y.isfinite().all(), f"{a} >> {b} on {model}: the output is not finite"
+        odd = case.before.differs(case.model)
+        assert odd is None, f"{a} >> {b} on {model}: after detaching, {odd}"
+        assert torch.equal(run(case.model, case.batch), case.base), f"{a} >> {b} on {model}: the base computes something else"
+        return said
+
+
+def pairs(names=None, models=PAIR_MODELS, progress=None):
+    """(first, second, model) -> "ok" | "refused: why", for every ordered pair of methods; the matrix of docs/pairs.md."""
+    found = {}
+    for a, b, model in itertools.product(names or sorted(discover()), names or sorted(discover()), models):
+        found[a, b, model] = pair(a, b, model)
+        if progress:
+            progress(a, b, model)
+    return found

@@ -1,0 +1,103 @@
+"""Eight tiny, randomly initialised models, each of another kind, on which every method is held to its contract."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+from ._compat import torchvision
+
+TEXT = dict(vocab_size=64, pad_token_id=1, bos_token_id=2, eos_token_id=3)
+WIDTH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+PIXELS = dict(image_size=16, patch_size=4)
+DRY = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def _bert(t):                            # encoder
+    return t.BertForSequenceClassification(t.BertConfig(**TEXT, **WIDTH, **DRY, max_position_embeddings=64, num_labels=5))
+
+
+def _gpt2(t):                            # decoder: Conv1D layout, fused QKV, learned positions, tied head
+    return t.GPT2LMHeadModel(t.GPT2Config(**TEXT, n_layer=2, n_embd=32, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+                                          attn_pdrop=0.0))
+
+
+def _llama(t):                           # decoder: rotary positions, grouped queries
+    return t.LlamaForCausalLM(t.LlamaConfig(**TEXT, **WIDTH, num_key_value_heads=2))
+
+
+def _t5(t):                              # encoder-decoder
+    return t.T5ForConditionalGeneration(t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                                   dropout_rate=0.0, pad_token_id=1, decoder_start_token_id=1))
+
+
+def _vit(t):                             # vision: CLS
+    return t.ViTForImageClassification(t.ViTConfig(**WIDTH, **PIXELS, **DRY, num_labels=5))
+
+
+def _dinov2(t):                          # vision: layer scale
+    return t.Dinov2ForImageClassification(t.Dinov2Config(**{**WIDTH, "intermediate_size": None}, **PIXELS, **DRY, mlp_ratio=2,
+                                                         num_labels=5))
+
+
+def _clip(t):                            # two towers
+    both = dict(**WIDTH, projection_dim=16)
+    return t.CLIPModel(t.CLIPConfig(text_config=dict(**both, **TEXT, max_position_embeddings=64), projection_dim=16,
+                                    vision_config=dict(**both, **PIXELS)))
+
+
+def _resnet(t):                          # convolutions
+    return t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1],
+                                                         layer_type="basic", num_labels=5))
+
+
+MODELS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "vit": _vit, "dinov2": _dinov2, "clip": _clip, "resnet": _resnet}
+
+
+@functools.cache
+def _made(name, dtype):
+    torchvision()
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[name](transformers).eval()
+        for p in model.parameters():       # larger than a usual start, so that every change of a weight shows in the output
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.15 if p.dim() == 2 else 0.3)
+            else:
+                p.data.add_(0.1 * torch.randn_like(p))
+    return model.to(dtype)
+
+
+def build(name, dtype=torch.float32):
+    """A fresh copy of one of the tiny models, in eval mode."""
+    return copy.deepcopy(_made(name, dtype))
+
+
+def batch(name, dtype=torch.float32, seed=1):
+    """Input for it: 3 rows, one of the text rows padded."""
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(3, 3, 16, 16, generator=g).to(dtype)
+    ids = torch.randint(4, 64, (3, 12), generator=g)
+    ids[:, -1] = 3                         # CLIP reads its text at the end token
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0                        # left padding, as decoders generate with
+    if name in ("vit", "dinov2", "resnet"):
+        return dict(pixel_values=pixels)
+    if name == "clip":
+        return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
+    more = dict(decoder_input_ids=torch.randint(4, 64, (3, 6), generator=g)) if name == "t5" else {}
+    return dict(input_ids=ids, attention_mask=mask.flip(1) if name == "bert" else mask, **more)
+
+
+def output(model, batch):
+    """What two runs are compared by: (3, n), padding left out."""
+    out = model(**batch)
+    if "text_embeds" in out:
+        return torch.cat([out.text_embeds, out.image_embeds, out.logits_per_text], 1)
+    h = out.logits
+    if h.dim() == 3 and "decoder_input_ids" not in batch:
+        h = h * batch["attention_mask"][..., None].to(h.dtype)
+    return h.flatten(1)
