@@ -88,8 +88,10 @@ def plan(model, chain):
                 raise DoesNotFit(f"{name} works on the attention core of {s.name}, which runs {_implementation(s.module)!r}. "
                                  "Load the model with attn_implementation=\"sdpa\".")
         here = {s.name for s in found}
-        notes += [f"{s.name} is tied to {', '.join(s.tied)}: {'they change together' if here & set(s.tied) else 'it is untied while attached'}."
-                  for s in found if s.tied and s.kind == "weight"]
+        for s in found:
+            if s.tied and s.kind == "weight":
+                what = "they change together" if here & set(s.tied) else "it is untied while attached"
+                notes.append(f"{s.name} is tied to {', '.join(s.tied)}: {what}.")
         steps.append(Step(k, m, tuple(found), twins))
     return Plan(base, chain, tuple(steps), tuple(dict.fromkeys(notes)), tuple(every.stacks))
 
@@ -99,9 +101,6 @@ def _weight_fits(m, name, s):
         raise DoesNotFit(f"{name} cannot reach {s.name}: torch's MultiheadAttention reads this weight without calling the layer.")
     if not torch.is_floating_point(s.parameter) and not m.discards():
         raise DoesNotFit(f"{name} needs a floating-point weight; {s.name} holds {s.parameter.dtype}.")
-    if "b" in m.wants("weight") and not s.bias and s.layout in ("stack", "raw") and m.has("fast"):
-        raise DoesNotFit(f"{name} sets a bias, and {s.name} has none and cannot be given one. "
-                         f"Leave it out: {name}(at=\"{m.at} -{s.name}\").")
 
 
 def _overlap(a, b):
@@ -170,10 +169,10 @@ class Tuned(nn.Module):
                 for s in group:
                     self._at(step, s, bound[s], seen.get(s), state, known)
             if not self._states_of[i]:
-                raise DoesNotFit(f"{m!r} finds nothing to change in {type(self.base).__name__}: none of the {len(step.sites)} sites "
-                                 f"it was pointed at has what it needs. Choose others with {type(m).__name__}(at=...).")
-        inserted = [st.length() for st in self._host.stacks.values()]
-        del inserted                                        # asking once refuses streams that cannot hold inserted tokens
+                raise DoesNotFit(f"{m!r} finds nothing to change in {type(self.base).__name__}: none of the {len(step.sites)} "
+                                 f"sites it was pointed at has what it needs. Choose others with {type(m).__name__}(at=...).")
+        for st in self._host.stacks.values():
+            st.length()                                     # asked once, now: refuses streams that cannot hold inserted tokens
         self.train(self.model.training)
 
     def _groups(self, step, observed):
@@ -201,6 +200,9 @@ class Tuned(nn.Module):
             made = state(key, lambda: call(m, "init", site=bound, seen=seen))
         if made is None:
             return
+        if s.kind == "weight" and s.layout in ("stack", "raw") and not s.bias and "b" in m.wants("weight") and not m.discards():
+            raise DoesNotFit(f"{type(m).__name__} sets a bias, and {s.name} has none and cannot be given one. "
+                             f"Leave it out: {type(m).__name__}(at=\"{m.at} -{s.name}\").")
         for n, v in made.items():                           # a tensor shared by sites stays one object
             if isinstance(v, nn.Parameter):
                 made[n] = known.setdefault(id(v), v)

@@ -1,7 +1,7 @@
 """How a base model carries attachments: one Patch per touched module, one Port per touched place of a token stream.
 
-Nothing here writes a base tensor. A patch is a callable put in a module's own __dict__ as `forward`; a port is a hook. Both are plain
-objects, so copy.deepcopy copies them with the model they serve, and taking them away restores the model to the very objects it had.
+Nothing here writes a base tensor. A patch is a callable put in a module's own __dict__ as `forward`; a port is a hook. Both are
+plain objects, so copy.deepcopy copies them with the model they serve, and taking them away leaves the very objects that were there.
 """
 
 from contextlib import contextmanager
@@ -155,7 +155,8 @@ class Patch:
     def __call__(self, *args, **kwargs):
         if not self.attends:
             return self._weights(*args, **kwargs)
-        with _Intercept(self.attends, self.host) as seen:
+        seen = _Intercept(self.attends, self.host)
+        with seen:
             out = self._weights(*args, **kwargs)
         if not seen.calls:
             e = self.attends[0]
@@ -171,7 +172,7 @@ class Patch:
         y = self._slow(args, kwargs) if self.slow else self._base(*args, **kwargs)
         if not self.quick:
             return y
-        x, m = args[0] if args else next(iter(kwargs.values())), self.module
+        x = args[0] if args else next(iter(kwargs.values()))
         for e in self.quick:
             rows, have = e.site.rows, {"x": x, "p": e.p}
             if e.fast_wants_weight:
@@ -227,8 +228,8 @@ class Patch:
 
 @contextmanager
 def shadowed(module, tensors):
-    """Within, the module sees these tensors in place of its parameters: an instance attribute comes before nn.Module's own lookup,
-    so the registered parameters are never touched."""
+    """Within, the module sees these tensors in place of its parameters: an instance attribute comes before nn.Module's own
+    lookup, so the registered parameters are never touched."""
     places = [(*place(module, name), t) for name, t in tensors.items()]
     try:
         for home, name, t in places:
@@ -295,8 +296,8 @@ class _Intercept(TorchFunctionMode):
     def _recut(self, t, mask, key):
         """The model's mask was made before tokens merged: padding is read from the lane that moved with them."""
         if mask.shape[1] != 1 or t.causal or key.shape[-2] != t.h.shape[1]:
-            raise DoesNotFit(f"{self.entries[0].site.name} adds a bias per pair of positions ({tuple(mask.shape)}), which no longer "
-                             f"fits {key.shape[-2]} merged tokens. Use the method on a model without such biases.")
+            raise DoesNotFit(f"{self.entries[0].site.name} adds a bias per pair of positions ({tuple(mask.shape)}), which no "
+                             f"longer fits {key.shape[-2]} merged tokens. Use the method on a model without such biases.")
         return None if t.mask is None else t.mask[:, None, None, :]
 
 
@@ -304,7 +305,7 @@ class _Intercept(TorchFunctionMode):
 
 
 class StackPort:
-    """Around one run of blocks: starts its Tokens, keeps masks and positions right for inserted tokens, takes them out at the end."""
+    """Around one run of blocks: starts its Tokens, keeps masks and positions right for inserted tokens, takes them out again."""
 
     def __init__(self, host, stack):
         self.host, self.stack, self.tokens, self.inserted, self.spans = host, stack, None, None, {}
@@ -320,6 +321,9 @@ class StackPort:
         for h in self.handles:
             h.remove()
         self.tokens = self.proto = self.cache = None
+
+    def checkpointed(self):
+        return any(getattr(b, "gradient_checkpointing", False) for b in self.stack.blocks)
 
     def embed_port(self):
         return self.host.ports.get((self.stack.embed_module, "out", self.stack.name))
@@ -498,7 +502,7 @@ class Port:
         t = stack.take(h) if stack is not None else Tokens(h)
         if stack is not None and _recomputing() and self.saved is not None:
             t = replace(self.saved, h=h)                    # gradient checkpointing runs this block again: with the lanes it had
-        elif stack is not None and t.lanes and torch.is_grad_enabled() and any(getattr(b, "gradient_checkpointing", False) for b in stack.stack.blocks):
+        elif stack is not None and t.lanes and torch.is_grad_enabled() and stack.checkpointed():
             self.saved = replace(t, h=h[:0])
         for e in self.live:
             t = call(e.method, "stream", t=t, p=e.p)
@@ -511,7 +515,7 @@ class Port:
 
 
 def _recomputing():
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _as_tokens(x, d):

@@ -3,8 +3,8 @@
 The verbs are pure functions of the state `p`, and each takes, by name, only what it needs:
 
     observe(x[, g])          additive statistic of a weight site's input x: (N, d_in) [and output gradient g: (N, d_out)]
-    init(site, seen)         dict of state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips
-    weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base weight is not needed
+    init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it
+    weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base is not needed
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
     stream(t, p)             change of a token stream, Tokens -> Tokens
     attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
@@ -52,11 +52,14 @@ class Method:
     def has(cls, verb):
         return hasattr(cls, verb)
 
+    def __init_subclass__(cls):
+        cls._wants = {v: tuple(n for n in inspect.signature(getattr(cls, v)).parameters if n != "self")
+                      for v in VERBS if hasattr(cls, v)}
+
     @classmethod
-    @functools.cache
     def wants(cls, verb):
         """The names of the arguments that a verb asks for."""
-        return tuple(n for n in inspect.signature(getattr(cls, verb)).parameters if n != "self")
+        return cls._wants[verb]
 
     @classmethod
     def discards(cls):
@@ -89,7 +92,8 @@ def _fit(cls, f, value):
         low = 0 if number and f.default >= 0 else -math.inf
         low = 1 if number and type(f.default) is int and f.default >= 1 else low
         low, high = cls.limits.get(f.name, (low, math.inf))
-        if not math.isfinite(value) or value < (low if low is not None else -math.inf) or value > (high if high is not None else math.inf):
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if not math.isfinite(value) or not low <= value <= high:
             raise bad(f"must lie in [{low}, {high}]")
     return value
 
