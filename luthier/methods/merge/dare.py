@@ -1,0 +1,47 @@
+"""Merge tuned models after dropping most of what each changed: the expectation of a task vector stays.
+    τ_t = W_t - W;   m ~ Bernoulli(1 - drop);   τ̂_t = m ⊙ τ_t / (1 - drop);   W' = W + scale · combine_t τ̂_t
+Yu et al., DARE, 2023. arXiv:2311.03099 §3.1-3.2. combine: "mean" averages the models, "sum" is task arithmetic, "elect" takes
+one sign per entry and the mean of those who have it. The mask is a function of (seed, expert's place, site) and nothing else.
+"""
+
+import torch
+
+from luthier.errors import BadChain
+from luthier.method import Method, method
+from luthier.methods.merge._experts import elect, generator, located, merged
+
+COMBINE = {"mean": lambda τ: τ.mean(0), "sum": lambda τ: τ.sum(0), "elect": elect}
+
+
+def mask(seed, number, what, shape, drop):
+    """Which entries of an expert survive: the same ones on every machine."""
+    return torch.rand(shape, generator=generator(seed, number, what)) >= drop
+
+
+@method
+class dare(Method):
+    at: str = "all"
+    experts: tuple[str, ...] = ()          # folders or .safetensors files of models tuned from this base
+    drop: float = 0.9
+    rescale: bool = True
+    combine: str = "mean"
+    scale: float = 1.0
+    seed: int = 0
+    limits = {"drop": (0, 1)}
+    example = {"experts": ("noise:1", "noise:2")}
+    exempt = {"identity_at_init": "the experts act at once"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "experts", located(self.experts))
+        if self.combine not in COMBINE:
+            raise BadChain(f"{self!r}: combine is one of {', '.join(COMBINE)}.")
+
+    def init(self, site):
+        def thin(number, expert, what, τ):
+            keep = mask(self.seed, number, f"{site.name}/{what}", τ.shape, self.drop).to(τ)
+            return τ * keep / (1 - self.drop) if self.rescale and self.drop < 1 else τ * keep
+        return merged(site, self, thin, COMBINE[self.combine])
+
+    def weight(self, W, p, b):             # (d_out, d_in)
+        return W + self.scale * p.tau, b + self.scale * p.tau_b if hasattr(p, "tau_b") else None
