@@ -60,8 +60,8 @@ def both(m, module, role="attn.q", n=5):
     return W, b2, x, y, call(m, "fast", x=x, y=y, p=p, W=s.W, b=b)
 
 
-EVERY = [lora(rank=2), lora(rank=3, alpha=1.0), dora(rank=2), svfit(rank=3), randlora(rank=2), adalora(rank=3, target=2), said(dim=9),
-         spiel(density=0.2), bitfit(), ia3(), ssf()]
+EVERY = [lora(rank=2), lora(rank=3, alpha=1.0), dora(rank=2), svfit(rank=3), randlora(rank=2), adalora(rank=3, target=2),
+         said(dim=9), spiel(density=0.2), bitfit(), ia3(), ssf()]
 
 
 @pytest.mark.parametrize("m", EVERY, ids=repr)
@@ -72,6 +72,9 @@ def test_zero_change_at_init_and_gradient_to_every_parameter(m):
     W = call(m, "weight", W=s.W, p=p, b=module.bias)
     W, b = W if isinstance(W, tuple) else (W, module.bias)
     assert torch.equal(W, module.weight) and torch.equal(b, module.bias)
+    if m.has("fast"):
+        x = torch.randn(3, 6)
+        assert torch.equal(call(m, "fast", x=x, y=module(x), p=p, W=s.W, b=module.bias), module(x))
     W = call(m, "weight", W=s.W, p=stir(p), b=module.bias)
     W, b = W if isinstance(W, tuple) else (W, module.bias)
     (W.square().sum() + b.square().sum()).backward()
@@ -173,12 +176,12 @@ def test_randlora_is_the_sum_over_bases(d_in, d_out, ternary):
     delta = sum(p.B[:, 2 * j:2 * j + 2] @ torch.diag(p.L[j]) @ p.A @ torch.diag(p.G[j]) for j in range(n))
     torch.testing.assert_close(m.weight(module.weight, p), module.weight + 3 * (delta if d_out >= d_in else delta.T))
     assert p.A.shape == (2, d) and p.B.shape == (max(d_in, d_out), 2 * n) and p.fixed_names == {"A", "B"}
-    assert abs(p.B.std() - 1) < 1e-5
     if not ternary:                                                            # (with r = 2, a column of A is easily all zero)
         assert torch.linalg.matrix_rank(m.weight(torch.zeros_like(module.weight), p)) == d
     else:
         assert len(p.B.unique()) == 3
-        assert abs((state(randlora(rank=64, ternary=True), place(linear(64, 256))).B == 0).float().mean() - 2 / 3) < 0.02
+    large = state(randlora(rank=64, ternary=ternary), place(linear(64, 256))).B
+    assert abs(large.std() - 1) < 0.02 and abs((large == 0).float().mean() - 2 / 3 * ternary) < 0.02
 
 
 def test_randlora_bases_are_shared_by_sites_of_one_shape():
@@ -243,9 +246,9 @@ def test_scales_and_shifts_by_hand():
 
 def test_ssf_is_applied_to_the_features_of_linear_conv_and_norm():
     gamma, beta = torch.randn(6), torch.randn(6)
-    for module, x in [(nn.Linear(4, 6), torch.randn(3, 4)), (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)),
-                      (nn.LayerNorm(6), torch.randn(3, 6))]:
-        s = Site("s", "weight", module, "m", d_out=6, param="weight", bias="bias")
+    for layout, module, x in [("linear", nn.Linear(4, 6), torch.randn(3, 4)), ("conv", nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)),
+                              ("norm", nn.LayerNorm(6), torch.randn(3, 6))]:
+        s = Site("s", "weight", module, "m", layout=layout, d_out=6, param="weight", bias="bias")
         p = fill(state(ssf(), s), gamma=gamma, beta=beta)
         W, b = ssf().weight(s.W, p, s.b)
         along = (1, -1, 1, 1) if x.dim() == 4 else (-1,)
@@ -310,7 +313,7 @@ def test_adalora_budget_by_hand():
 
 
 def test_adalora_importance_by_hand():
-    """One site, one triplet, one step: w·g is 6 for P, 2 for λ, 1 for Q; smoothed 0.9, 0.3, 0.15; uncertainty 0.15·(5.1, 1.7, 0.85)."""
+    """One triplet, one step: |w·g| is 6 for P, 2 for λ, 1 for Q; smoothed 0.9, 0.3, 0.15; uncertainty 0.15·(5.1, 1.7, 0.85)."""
     m = adalora(rank=1, target=1, warmup=0.0, final=0.0, every=9)
     p = fill(state(m, place(linear(1, 1))), P=[[2]], lam=[1], Q=[[-1]])
     for t, g in ((p.P, 3), (p.lam, -2), (p.Q, 1)):

@@ -17,7 +17,7 @@ from luthier.method import Method, method
 
 @method
 class adalora(Method):
-    at: str = "attn.q attn.k attn.v attn.o mlp.up mlp.gate mlp.down"
+    at: str = "linear"
     rank: int = 12                         # per site at the start: b_0 = rank · sites
     target: int = 8                        # per site on average at the end: b_T = target · sites
     alpha: float = 16.0

@@ -28,8 +28,8 @@ class dora(Method):
     def fast(self, x, y, p, W, b):         # y = x Wᵀ + b; the bias is no part of the direction
         with torch.no_grad():
             V = W + self.alpha / self.rank * p.B @ p.A
-        b = 0 if b is None else b
-        return self._scale(V, p)[:, 0] * (y - b + self.alpha / self.rank * x @ p.A.T @ p.B.T) + b
+        scale = self._scale(V, p)[:, 0]    # 1 at init, to the bit
+        return y + (scale - 1) * (y if b is None else y - b) + scale * (self.alpha / self.rank * x @ p.A.T @ p.B.T)
 
     def _scale(self, V, p):                # (d_out, 1); a row of zeros has no direction, and stays
         norm = V.detach().norm(dim=1, keepdim=True)

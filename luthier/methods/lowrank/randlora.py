@@ -35,5 +35,5 @@ class randlora(Method):
     def _base(self, site, rows, cols):
         base = site.random(rows, cols)
         if self.ternary:
-            base = base.sign() * (base.abs() > 0.967422)                            # P(|N(0, 1)| > 0.967422) = 1/3
-        return site.fixed(base / base.std())
+            base = 3**0.5 * base.sign() * (base.abs() > 0.967422)                   # P(|N(0, 1)| > 0.967422) = 1/3
+        return site.fixed(base)

@@ -1,6 +1,7 @@
 """Only the biases train.    b' = b + δ,   δ: (d_out,) = 0
-Ben Zaken et al., BitFit, 2021. arXiv:2106.10199 §3: every bias of linear layers and norms. Layers without a bias are left
-alone, so that the parameter count is the number of biases and nothing is added to the model.
+Ben Zaken et al., BitFit, 2021. arXiv:2106.10199 §3: every bias of linear layers, convolutions and norms. Layers without a bias
+are left alone, so that the parameter count is the number of biases and nothing is added to the model. The task head trains
+whole by other means (`probe`).
 """
 
 from luthier.method import Method, method
@@ -8,7 +9,7 @@ from luthier.method import Method, method
 
 @method
 class bitfit(Method):
-    at: str = "linear norm"
+    at: str = "bias -head"
 
     def init(self, site):                  # trains d_out where there is a bias
         return None if site.b is None else dict(d=site.zeros(site.d_out))

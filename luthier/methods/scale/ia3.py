@@ -10,7 +10,7 @@ from luthier.method import Method, method
 
 @method
 class ia3(Method):
-    at: str = "attn.k attn.v mlp.down"
+    at: str = "*.k *.v mlp.down"           # cross-attention too
 
     def init(self, site):                  # trains d_in at mlp.down, else d_out
         into = site.role == "mlp.down"

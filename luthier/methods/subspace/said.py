@@ -1,7 +1,7 @@
 """The whole model from one vector of d numbers.    W_i' = W_i + λ_i · P_i θ,   P_i = H G Π H B / √(D_i ΣG²)
 Aghajanyan et al., Intrinsic Dimensionality, 2020. arXiv:2012.13255 §3: Fastfood projection (Le et al., arXiv:1408.3060), and
 SAID, where every layer i has a scale λ_i of its own. θ: (d,) = 0 is shared by all sites and λ_i = 1, so that m sites train
-dim = d + m numbers in all. H: Walsh-Hadamard of size L = 2^k ≥ max(D_i, d); B = ±1, Π a permutation, G Gaussian: fixed, (L,).
+dim = d + m numbers. H: Walsh-Hadamard of size L = 2^k ≥ max(D_i, d); B = ±1, Π a permutation, G Gaussian: fixed, (L,).
 The divisor keeps lengths: E‖P_i θ‖ = ‖θ‖. Biases stay frozen.
 """
 
@@ -11,17 +11,21 @@ from luthier.errors import DoesNotFit
 from luthier.method import Method, method
 
 
-def hadamard(x):                           # (L,) -> H x, not normalised, in L log L steps
-    half = len(x) // 2
-    while half:
-        a, b = x.view(-1, 2, half).unbind(1)
-        x, half = torch.stack((a + b, a - b), 1).flatten(), half // 2
-    return x
+def hadamard(x):                           # (L,) -> H x, not normalised: H_L = H_16 ⊗ H_16 ⊗ ..., one factor at a time
+    H = x.new_ones(1, 1)
+    while len(H) < min(16, len(x)):
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    done, shape = len(H), x.shape
+    x = x.view(-1, done) @ H
+    while done < shape[0]:
+        r = min(16, shape[0] // done)
+        x, done = H[:r, :r] @ x.view(-1, r, done), done * r
+    return x.view(shape)
 
 
 @method
 class said(Method):
-    at: str = "linear norm embed.token"
+    at: str = "weights"                    # in all blocks; "all": the embeddings too, at their cost in time
     dim: int = 1000                        # all that trains
     layers: bool = True                    # a λ for each site; False: Direct Intrinsic Dimension, d = dim
 
