@@ -22,13 +22,13 @@ KINDS = {c.kind: c for c in (TextClassification, TokenClassification, ImageClass
 
 
 def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric=None, tokenizer=None, **options):
-    """A Task over `source`: CSV, TSV, JSONL, JSON, TXT (each also .gz), Parquet, npz, a folder of images by class, a hub data set id,
-    a built-in name, or a dict of arrays.
+    """A Task over `source`: CSV, TSV, JSONL, JSON, TXT (each also .gz), Parquet, npz, a folder of images by class, a hub data
+    set's id, a built-in name, or a dict of arrays.
 
     model    what it is for: a zoo name, folder, hub id, timm:NAME, or a module (then give `tokenizer` for text)
     task     its kind, when the guess is wrong: text-classification, token-classification, image-classification, causal-lm,
              instruction, regression
-    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response; "a + b" joins two columns
+    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response; "a + b" joins columns
     limit    at most this many rows (blocks for causal-lm) a split, or {split: number}; drawn with `seed`, classes in proportion
     seed     of every split and sample that the data does not fix itself
     options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py)
@@ -36,7 +36,8 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
     known_options = ("max_length", "image_size", "pool")
     for key, value in options.items():
         if key not in known_options:
-            raise BadData(f"There is no option {key!r}. {_roles.nearest(key, known_options)} Options: {', '.join(known_options)}.")
+            raise BadData(f"There is no option {key!r}. {_roles.nearest(key, known_options)} Options: "
+                          f"{', '.join(known_options)}.")
         if key != "pool" and value is not None and (not isinstance(value, int) or value < 2):
             raise BadData(f"{key}={value!r} must be a whole number of at least 2.")
     for n in limit.values() if isinstance(limit, dict) else [limit]:
@@ -56,7 +57,8 @@ def restore(spec):
         kind = KINDS[spec.pop("kind")]
         task = kind(spec.pop("model"), roles=spec.pop("roles"), metric=spec.pop("metric"), **spec.pop("options"))
     except (KeyError, TypeError, ValueError) as error:
-        raise BadData(f"This is not the description of a task ({type(error).__name__}: {error}). It should come from task.spec().") from error
+        raise BadData(f"This is not the description of a task ({type(error).__name__}: {error}). It should come from "
+                      "task.spec().") from error
     for key, value in spec.items():
         setattr(task, key, value)
     return task

@@ -18,13 +18,15 @@ class Task:
         self.model, self.source, self.roles, self.notes = model, source, dict(roles or {}), []
         self.metric = metric or self.metrics[0]
         if self.metric not in self.metrics:
-            raise BadData(f"{self.kind} has no metric {metric!r}. {nearest(metric, self.metrics)} It has: {', '.join(self.metrics)}.")
+            raise BadData(f"{self.kind} has no metric {metric!r}. {nearest(metric, self.metrics)} It has: "
+                          f"{', '.join(self.metrics)}.")
         self._tokenizer, self.options, self.tables, self._encoded = tokenizer, options, {}, {}
         self.origin = zoo.about(model) if model is not None else None
         if self.origin and self.origin.kind not in (*self.reads, "other"):
             fit = [e["name"] for e in zoo.entries() if e["kind"] in self.reads]
             raise BadData(f"{source or 'This data'} is a task of {self.kind}, which {self.origin.ref} (a model of kind "
-                          f"{self.origin.kind}) cannot do. Use another model, in the zoo {', '.join(fit)}, or set task= to another kind.")
+                          f"{self.origin.kind}) cannot do. Use another model, in the zoo {', '.join(fit)}, or set task= to "
+                          "another kind.")
 
     # data
 
@@ -59,7 +61,8 @@ class Task:
                           f"It has: {', '.join(map(str, table.columns))}.")
         if len(names) == 1:
             return table.columns[names[0]]
-        return ["\n".join(str(v) for v in row if v not in (None, "")) for row in zip(*(table.columns[n] for n in names), strict=True)]
+        rows = zip(*(table.columns[n] for n in names), strict=True)
+        return ["\n".join(str(v) for v in row if v not in (None, "")) for row in rows]
 
     def strata(self, table):
         return [0] * len(table)
@@ -67,7 +70,8 @@ class Task:
     def examples(self, split):
         if split not in self._encoded:
             if split not in self.tables:
-                raise BadData(f"There is no split {split!r}. {nearest(split, self.tables)} There are: {', '.join(self.tables) or 'none'}.")
+                raise BadData(f"There is no split {split!r}. {nearest(split, self.tables)} There are: "
+                              f"{', '.join(self.tables) or 'none'}.")
             self._encoded[split] = self.encode(self.tables[split])
         return self._encoded[split]
 
@@ -162,8 +166,10 @@ class Task:
     def spec(self):
         """JSON from which `tasks.restore` makes a task without data, for prediction."""
         if not (self.model is None or isinstance(self.model, str)):
-            raise BadData("A task over a module given in Python has no name to store its model by. Open it with model=NAME or a folder.")
-        return {"kind": self.kind, "model": self.model, "roles": self.roles, "metric": self.metric, "options": self.options} | self.state()
+            raise BadData("A task over a module given in Python has no name to store its model by. Open it with model=NAME or "
+                          "a folder.")
+        facts = {k: getattr(self, k) for k in ("kind", "model", "roles", "metric", "options")}
+        return facts | self.state()
 
     def state(self):
         return {}

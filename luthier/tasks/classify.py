@@ -35,23 +35,27 @@ class Labelled(Task):
         for table in self.tables.values():
             for i, value in enumerate(self.column(table, "label")):
                 if value is None or value != value or (isinstance(value, str) and not value.strip()):
-                    raise BadData(f"{table.where(i)}: the label (column {self.roles['label']!r}) is missing. Fill it in or drop the row.")
+                    raise BadData(f"{table.where(i)}: the label (column {self.roles['label']!r}) is missing. Fill it in or "
+                                  "drop the row.")
         train = self.tables["train"]
         self.labels = names_of(map(label, self.column(train, "label")))
         if len(self.labels) == 1:
-            raise BadData(f"{train.source}: every training row has the label {self.labels[0]!r} (column {self.roles['label']!r}). Add rows "
+            raise BadData(f"{train.source}: every training row has the label {self.labels[0]!r} (column "
+                          f"{self.roles['label']!r}). Add rows "
                           "of a second class, or name another column with columns={\"label\": ...}.")
         known = set(self.labels)
         for table in self.tables.values():
             for i, value in enumerate(map(label, self.column(table, "label"))):
                 if value not in known:
-                    raise BadData(f"{table.where(i)}: the label {value!r} is in no training row. {nearest(value, self.labels)} Training "
+                    raise BadData(f"{table.where(i)}: the label {value!r} is in no training row. {nearest(value, self.labels)} "
+                                  "Training "
                                   "labels must cover all others: mend the label, or drop the row.")
         self.shown = self.labels
         if data.classes and all(n.lstrip("-").isdigit() and 0 <= int(n) < len(data.classes) for n in self.labels):
             self.shown = [data.classes[int(n)] for n in self.labels]
         if self.metric == "matthews" and len(self.labels) != 2:
-            raise BadData(f"metric=\"matthews\" is for two classes; {self.source} has {len(self.labels)}. Use accuracy or macro_f1.")
+            raise BadData(f"metric=\"matthews\" is for two classes; {self.source} has {len(self.labels)}. Use accuracy or "
+                          "macro_f1.")
         rare = [n for n in self.labels if self.strata(train).count(n) < 2] if len(self.labels) < 1000 else []
         if rare:
             self.notes.append(f"{len(rare)} classes have a single training row, first {rare[0]!r}")
@@ -178,7 +182,8 @@ class Text(Task):
         values = self.column(table, role)
         for i, v in enumerate(values):
             if not isinstance(v, str):
-                raise BadData(f"{table.where(i)}: the {role} (column {self.roles[role]!r}) is {v!r}, not a text. Fill it in or drop the "
+                raise BadData(f"{table.where(i)}: the {role} (column {self.roles[role]!r}) is {v!r}, not a text. Fill it in or "
+                              "drop the "
                               "row.")
         return values
 
@@ -208,7 +213,8 @@ class Regression(Text):
         every = {s: [finite(v, t.where(i)) for i, v in enumerate(self.column(t, "target"))] for s, t in self.tables.items()}
         x = torch.tensor(every["train"], dtype=torch.float64)
         if x.min() == x.max():
-            raise BadData(f"{self.source}: every training target (column {self.roles['target']!r}) is {x[0].item()}. There is nothing to "
+            raise BadData(f"{self.source}: every training target (column {self.roles['target']!r}) is {x[0].item()}. There is "
+                          "nothing to "
                           "learn; name another column.")
         self.mean, self.scale = x.mean().item(), x.std(unbiased=False).item()
 
@@ -270,7 +276,8 @@ class TokenClassification(Text):
             for i, tags in enumerate(self.column(table, "tags")):
                 new = [t for t in map(label, tags) if t not in known]
                 if new:
-                    raise BadData(f"{table.where(i)}: the tag {new[0]!r} is in no training row. {nearest(new[0], self.labels)} Mend the "
+                    raise BadData(f"{table.where(i)}: the tag {new[0]!r} is in no training row. {nearest(new[0], self.labels)} "
+                                  "Mend the "
                                   "tag, or drop the row.")
 
     @property
@@ -281,7 +288,8 @@ class TokenClassification(Text):
     def encode(self, table):
         words = [list(map(str, w)) for w in self.column(table, "tokens")]
         if not getattr(self.tokenizer, "is_fast", False):
-            raise BadData(f"The tokenizer of {self.origin.ref} cannot say which word a piece comes from. Use a model with tokenizer.json.")
+            raise BadData(f"The tokenizer of {self.origin.ref} cannot say which word a piece comes from. Use a model with "
+                          "tokenizer.json.")
         rows, coded = self.tokenise(words, is_split_into_words=True)
         tags = self.column(table, "tags") if self.roles["tags"] in table.columns else [None] * len(rows)
         number = {n: i for i, n in enumerate(self.labels)}
@@ -295,7 +303,8 @@ class TokenClassification(Text):
                 before = w
             lost += len(words[i]) - len({w for w in ids if w is not None})
         if lost and tags[0] is not None:
-            self.notes.append(f"{table.source}: {lost:,} words lie beyond max_length={self.max_length} or have no piece; left out")
+            self.notes.append(f"{table.source}: {lost:,} words lie beyond max_length={self.max_length} or have no piece; left "
+                              "out")
         return rows
 
     def outputs(self):
@@ -330,7 +339,8 @@ class TokenClassification(Text):
             for row, i in enumerate(index):
                 said = iter(logits[row].argmax(-1).cpu()[batch["labels"][row] != IGNORE].tolist())
                 words = table.columns[name][i]
-                found[i] = {"tokens": words, "tags": [self.labels[t] if (t := next(said, None)) is not None else None for _ in words]}
+                tags = [next(said, None) for _ in words]
+                found[i] = {"tokens": words, "tags": [None if t is None else self.labels[t] for t in tags]}
         return found
 
     def facts(self):

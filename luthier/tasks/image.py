@@ -1,5 +1,5 @@
-"""Image classification. Images are decoded once to uint8, no larger than the model's input; each batch is resized (to a square, which
-stretches what is not square), scaled and normalised on the fly."""
+"""Image classification. Images are decoded once to uint8, no larger than the model's input; each batch is resized (to a square,
+which stretches what is not square), scaled and normalised on the fly."""
 
 import io
 from pathlib import Path
@@ -79,7 +79,7 @@ class ImageClassification(Labelled):
         return int(self.options.get("image_size") or (self.origin.image.get("sizes") or (224,))[-1] if self.origin else 224)
 
     def fitting_size(self):
-        """Of the sizes that suit the model, the smallest at least 3.5 times the data's images: enlarging adds cost, not detail."""
+        """Of the sizes that suit the model, the smallest at least 3.5 times the data's images: more adds cost, not detail."""
         sizes = self.origin.image.get("sizes") or (224,)
         table = self.tables["train"]
         try:
@@ -105,7 +105,8 @@ class ImageClassification(Labelled):
                 bad[i] = error
         if len(bad) > UNREADABLE * len(images):
             i, error = next(iter(bad.items()))
-            raise BadData(f"{table.where(i)}: the image cannot be read ({str(error)[:160] or type(error).__name__}); in all {len(bad)} of "
+            raise BadData(f"{table.where(i)}: the image cannot be read ({str(error)[:160] or type(error).__name__}); in all "
+                          f"{len(bad)} of "
                           f"{len(images)}, and at most {UNREADABLE:.0%} may be broken. Mend or remove them.")
         if bad:
             self.notes.append(f"{len(bad)} unreadable images left out, first {table.where(next(iter(bad)))}")
@@ -166,7 +167,8 @@ class ImageClassification(Labelled):
             try:
                 decode(item, self.side)
             except Exception as error:
-                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160]} Give a path to a PNG or "
+                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160]} Give a path "
+                              "to a PNG or "
                               "JPEG, its bytes, or an array (H, W, 3).") from error
         return super().predict(model, table.columns[self.roles["image"]], batch_size)
 

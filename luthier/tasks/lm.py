@@ -42,7 +42,7 @@ class Language(Text):
 
     def score(self, model, examples, batch_size):
         total = count = 0
-        for batch, nll, n in self.losses(model, examples, batch_size):
+        for nll, n in self.losses(model, examples, batch_size):
             total, count = total + nll, count + n
         return {"perplexity": metrics.perplexity(total, count), "loss": total / count, "n": len(examples), "tokens": count}
 
@@ -55,7 +55,7 @@ class Language(Text):
                 for i in range(0, len(index), batch_size):
                     batch = self.collate([examples[k] for k in index[i:i + batch_size]])
                     nll, n = self.nll(model, batch)
-                    yield batch, nll.item(), n
+                    yield nll.item(), n
         finally:
             model.train(was)
 
@@ -87,7 +87,7 @@ class Language(Text):
 
 
 class CausalLM(Language):
-    """Documents are joined by the end-of-text token and cut into blocks of max_length (128 by default), so that nothing is padding."""
+    """Documents are joined by the end-of-text token and cut into blocks of max_length (128 by default): nothing is padding."""
     kind = "causal-lm"
     longest = 128
 
@@ -99,7 +99,8 @@ class CausalLM(Language):
                 a, b = int(len(text) * 0.85), int(len(text) * 0.9)
                 for name, piece in zip(parts, (text[:a], text[a:b], text[b:]), strict=True):
                     parts[name].append(piece)
-            data.splits.update({k: Table({self.roles["text"]: v}, whole.source, whole.lines, whole.unit) for k, v in parts.items()})
+            for name, pieces in parts.items():
+                data.splits[name] = Table({self.roles["text"]: pieces}, whole.source, whole.lines, whole.unit)
             data.notes.append("few documents: each is cut 85/5/10 into train, val and test")
         return super().fill(data, seed, limit)
 
@@ -122,13 +123,15 @@ class CausalLM(Language):
     def encode(self, table):
         end = [i for i in [self.tokenizer.eos_token_id] if i is not None]
         texts = [t for t in self.texts(table) if t]
-        stream = list(itertools.chain.from_iterable(ids + end for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        coded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        stream = list(itertools.chain.from_iterable(ids + end for ids in coded))
         n = self.max_length
         blocks = [stream[i:i + n] for i in range(0, len(stream), n)]
         if len(blocks) > 1 and len(blocks[-1]) < n:
             blocks.pop()
         if not blocks or len(blocks[0]) < 2:
-            raise BadData(f"{table.source}: the text gives {len(stream)} tokens, too few to predict one from another. Give more text.")
+            raise BadData(f"{table.source}: the text gives {len(stream)} tokens, too few to predict one from another. Give "
+                          "more text.")
         return [{"input_ids": b, "attention_mask": [1] * len(b), "labels": b} for b in blocks]
 
     def start(self, table, i):
@@ -142,8 +145,8 @@ class Instruction(Language):
 
     def prompt_ids(self, text):
         if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-            return self.ids(text)
+            said = [{"role": "user", "content": text}]
+            return self.ids(self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
         start = self.tokenizer.bos_token_id if self.origin and self.tokenizer.bos_token_id is not None else None
         return ([start] if start is not None else []) + self.ids(text.rstrip() + "\n")
 

@@ -1,5 +1,5 @@
-"""Tables from files: CSV, TSV, JSON lines, JSON, plain text (each also .gz) and Parquet, row by row, so that a file larger than memory
-costs no more than the rows that are kept. Whatever cannot be read is refused with the file, the line and the remedy."""
+"""Tables from files: CSV, TSV, JSON lines, JSON, plain text (each also .gz) and Parquet, row by row, so that a file larger than
+memory costs no more than the rows that are kept. Whatever cannot be read is refused with the file, the line and the remedy."""
 
 import contextlib
 import csv
@@ -35,7 +35,8 @@ class Table:
 
     def take(self, index):
         lines = self.lines if self.lines is not None else range(len(self))
-        return Table({k: [v[i] for i in index] for k, v in self.columns.items()}, self.source, [lines[i] for i in index], self.unit)
+        columns = {k: [v[i] for i in index] for k, v in self.columns.items()}
+        return Table(columns, self.source, [lines[i] for i in index], self.unit)
 
 
 def suffix(path):
@@ -87,12 +88,14 @@ def _text(path, kind):
                 raise BadData(f"{path} is UTF-16. Save it as UTF-8.")
             yield from reader(stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")), path)
         except UnicodeDecodeError as error:
-            raise BadData(f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} cannot be decoded. It is another format or "
+            raise BadData(f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} cannot be decoded. It is another "
+                          "format or "
                           "another encoding. Save it as UTF-8.") from error
         except EOFError as error:
             raise BadData(f"{path} is a truncated gzip file. Copy or download it again.") from error
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise BadData(f"{path} is not a sound gzip file ({error}). Copy it again, or drop the .gz of an uncompressed file.") from error
+            raise BadData(f"{path} is not a sound gzip file ({error}). Copy it again, or drop the .gz of an uncompressed "
+                          "file.") from error
 
 
 def _csv(stream, path):
@@ -115,7 +118,8 @@ def _csv(stream, path):
             if not row:
                 continue                             # a blank line
             if len(row) != len(header):
-                raise BadData(f"{path}, line {rows.line_num}: {len(row)} fields, but the header names {len(header)} ({', '.join(header)})"
+                raise BadData(f"{path}, line {rows.line_num}: {len(row)} fields, but the header names {len(header)} "
+                              f"({', '.join(header)})"
                               ". Quote a field that holds the delimiter, or mend the row.")
             yield rows.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:

@@ -20,7 +20,8 @@ NAMES = {            # role -> column names that mean it, likeliest first
     "tags": "tags ner_tags pos_tags upos labels label",
     "label": "label labels class category intent sentiment topic label_text coarse_label gold y target",
     "target": "target score rating value similarity label labels y",
-    "text": "text sentence sentence1 premise question1 review content utterance tweet comment message document body context query "
+    "text": "text sentence sentence1 premise question1 review content utterance tweet comment message document body context "
+            "query "
             "question title description",
     "text_pair": "text_pair sentence2 hypothesis question2 text2 text_b passage",
     "prompt": "prompt instruction question problem input source src dialogue document article mr java",
@@ -53,7 +54,7 @@ def is_image(values):
 
 
 def is_class(values):
-    """Few distinct values, each seen again and again; numbers only when they look like codes (0..K-1, 1..K, or at most 20 of them)."""
+    """Few distinct values, each seen again and again; numbers only if they look like codes (0..K-1, 1..K, or at most 20)."""
     if is_list(values) or any(isinstance(v, (bytes, dict)) or hasattr(v, "shape") for v in values):
         return False
     kinds = {v for v in values if v not in (None, "")}

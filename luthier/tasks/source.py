@@ -1,4 +1,4 @@
-"""From what the user names (a file, a folder, arrays, a data set) to splits: {"train": Table, "val": Table or absent, "test": ...}."""
+"""From what the user names (a file, a folder, arrays, a data set) to splits: {"train": Table, "val": ..., "test": ...}, or {"all"}."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from .read import SUFFIXES, Table, suffix, table
 SPLITS = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "devel"),
           "test": ("test", "testing", "tst", "eval", "all")}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-_SPLIT = re.compile(r"^(?:(?P<base>.*?)[_.-])?(?P<split>" + "|".join(w for s in SPLITS.values() for w in s) + r")(?:-\d+-of-\d+)?$", re.I)
+_SPLIT = re.compile(r"^(?:(?P<base>.*?)[_.-])?(?P<split>" + "|".join(w for words in SPLITS.values() for w in words) +
+                    r")(?:-\d+-of-\d+)?$", re.I)
 
 
 @dataclass
@@ -61,7 +62,8 @@ def find(source, seed=0):
         raise BadData(f"There is no file or folder {source}. {nearest(source, near)} Check the path (from {Path.cwd()}).")
     root = os.environ.get("LUTHIER_DATA")
     hint = "" if root else " Data sets of a folder of yours are found by name when LUTHIER_DATA names it."
-    raise UnknownName(f"No data set is called {source!r}, and there is no such file. {nearest(source, known())} Give a file, a folder, a "
+    raise UnknownName(f"No data set is called {source!r}, and there is no such file. {nearest(source, known())} Give a file, a "
+                      "folder, a "
                       f"hub id OWNER/NAME, or a built-in name.{hint}")
 
 
@@ -141,14 +143,15 @@ def _tables(paths, source, seed):
 def _join(a, b):
     names = list(dict.fromkeys([*a.columns, *b.columns]))
     columns = {n: (a.columns.get(n) or [None] * len(a)) + (b.columns.get(n) or [None] * len(b)) for n in names}
-    return Table(columns, a.source, [f"{x} of {Path(t.source).name}" if t is not a else x for t in (a, b) for x in t.lines], a.unit)
+    return Table(columns, a.source, [*a.lines, *(f"{x} of {Path(b.source).name}" for x in b.lines)], a.unit)
 
 
 def _folder(path, seed):
     """data.npz; tables with split names; one table; or images by class, in split folders or not."""
     if (path / "data.npz").is_file():
         return _npz(path / "data.npz")
-    files = [p for p in sorted(path.iterdir()) if p.is_file() and suffix(p) in SUFFIXES and not p.name.lower().startswith("readme")]
+    files = [p for p in sorted(path.iterdir())
+             if p.is_file() and suffix(p) in SUFFIXES and not p.name.lower().startswith("readme")]
     inner = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not files and [p.name for p in inner] == ["data"]:            # a data set's snapshot keeps its shards in data/
         return _folder(path / "data", seed)
@@ -171,12 +174,15 @@ def _images(path):
     for c in classes:
         key = c.name.strip().lower()
         if key in seen:
-            raise BadData(f"{path}: the class folders {seen[key]!r} and {c.name!r} differ in case or spaces only. Merge or rename them.")
+            raise BadData(f"{path}: the class folders {seen[key]!r} and {c.name!r} differ in case or spaces only. Merge or "
+                          "rename them.")
         seen[key] = c.name
     files = [(p, c.name) for c in classes for p in sorted(c.rglob("*")) if p.suffix.lower() in IMAGES]
     if not files:
-        raise BadData(f"The folder {path} holds neither a table ({' '.join(SUFFIXES)}, data.npz) nor images in one folder a class. "
-                      f"It holds: {', '.join(sorted(os.listdir(path))[:5]) or 'nothing'}. Put each class's images in a folder named "
+        raise BadData(f"The folder {path} holds neither a table ({' '.join(SUFFIXES)}, data.npz) nor images in one folder a "
+                      "class. "
+                      f"It holds: {', '.join(sorted(os.listdir(path))[:5]) or 'nothing'}. Put each class's images in a folder "
+                      "named "
                       "for it.")
     empty = [c.name for c in classes if c.name not in {name for _, name in files}]
     if empty:
@@ -234,7 +240,8 @@ def _hub(name, seed):
     try:
         import datasets
     except ImportError as error:
-        raise BadData(f"{name} reads as a hub data set, and the package datasets is not installed. pip install datasets, or give a "
+        raise BadData(f"{name} reads as a hub data set, and the package datasets is not installed. pip install datasets, or "
+                      "give a "
                       "file or folder.") from error
     try:
         found = datasets.load_dataset(name)

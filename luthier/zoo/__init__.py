@@ -180,7 +180,8 @@ def _config(where, ref=None):
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:                       # missing files, no network, unknown types: all the user's to mend
-        raise LuthierError(f"The model {ref or where} could not be loaded: {_first_line(error)} {nearest(ref or where, TABLE)} Give a "
+        raise LuthierError(f"The model {ref or where} could not be loaded: {_first_line(error)} {nearest(ref or where, TABLE)} "
+                           "Give a "
                            "zoo name, a folder with config.json, or a hub id that this machine can reach.") from error
 
 
@@ -191,7 +192,8 @@ def _transformers(where, ref, dtype, weights):
     name = next(iter(config.architectures or ()), "AutoModel")
     make = getattr(transformers, name, None)
     if make is None:
-        raise LuthierError(f"{ref} is of the class {name}, which transformers does not have; code that comes with a model is never "
+        raise LuthierError(f"{ref} is of the class {name}, which transformers does not have; code that comes with a model is "
+                           "never "
                            "run. Use a model whose architecture transformers knows.")
     try:
         if not weights:
@@ -199,10 +201,12 @@ def _transformers(where, ref, dtype, weights):
         with quiet():                                # its report of keys is replaced by ours
             module, info = make.from_pretrained(where, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except Exception as error:
-        raise BadState(f"The weights of {ref} could not be loaded: {_first_line(error)} Save or download the model again.") from error
+        raise BadState(f"The weights of {ref} could not be loaded: {_first_line(error)} Save or download the model "
+                       "again.") from error
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
-        raise BadState(f"The weights of {ref} lack {len(missing)} tensors of {type(module).__name__}, first {missing[0]}: they would "
+        raise BadState(f"The weights of {ref} lack {len(missing)} tensors of {type(module).__name__}, first {missing[0]}: they "
+                       "would "
                        "be random. Correct `architectures` in config.json, or get the whole file.")
     unused = tuple(sorted(info["unexpected_keys"]))
     if unused:
@@ -217,7 +221,8 @@ def _is_timm(folder):
     try:
         facts = json.loads(config.read_text("utf-8"))
     except FileNotFoundError:
-        raise LuthierError(f"The folder {folder} holds no config.json, so it is no model. {nearest('config.json', os.listdir(folder))} "
+        raise LuthierError(f"The folder {folder} holds no config.json, so it is no model. "
+                           f"{nearest('config.json', os.listdir(folder))} "
                            "Save one with `save_pretrained`.") from None
     except (ValueError, OSError) as error:
         raise BadState(f"{config} cannot be read as JSON: {_first_line(error)} Save the model again.") from error
@@ -241,7 +246,8 @@ def _timm(ref, weights):
     try:
         return timm.create_model(name, pretrained=weights)
     except Exception as error:
-        raise LuthierError(f"{ref} could not be loaded: {_first_line(error)} timm's weights come from the hub: check the network, or "
+        raise LuthierError(f"{ref} could not be loaded: {_first_line(error)} timm's weights come from the hub: check the "
+                           "network, or "
                            "save the model to a local folder once.") from error
 
 

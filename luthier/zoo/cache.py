@@ -14,7 +14,7 @@ def folder():
 
 
 def converted(key, write):
-    """The folder `key` of the cache; `write(folder)` fills it the first time. In an unwritable cache it lasts for this process."""
+    """The folder `key` of the cache; `write(folder)` fills it the first time. If unwritable: for this process."""
     place = folder() / "zoo" / key
     if place.is_dir():
         return place

