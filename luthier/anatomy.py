@@ -1,15 +1,16 @@
 """The finder: what each parameter and module of a model is, from its structure first and the names its authors use second.
 
-1. walk the modules in the order `forward` calls them (read from its byte code, nothing is run);
-2. an attention is a module with q and k children (or a fused qkv); the list element that holds it and an MLP is a block;
-3. in a block everything else is an MLP, convolutions, experts, a state-space mixer, or norms before and after those;
-4. blocks make stacks (towers); what comes before them is embedding, what comes after is final norm, pool and head.
-True exceptions are in the tables below; what finds no role stays a site named by its raw parameter path."""
+1. walk the modules in the order `forward` calls them (read from its byte code: nothing is run);
+2. an attention is a module with q and k children or a fused qkv; the list element that holds one and an MLP is a block;
+3. what else is in a block is an MLP, experts, a state-space mixer or convolutions, with norms before, between and after them;
+4. blocks make towers; what comes before a tower's blocks is embedding, what comes after is final norm, pool and head.
+True exceptions are the few names below; what finds no role stays a site named by its raw parameter path."""
 
 import dis
 import inspect
 import re
 from collections import defaultdict
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -17,884 +18,732 @@ from torch import nn
 
 from .site import Site, Stack
 
-# ---- names authors use -------------------------------------------------------------------------------------------------
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+# ---- names authors use
 ATTENTION = {r: re.compile(rf"^(?:{p})$", re.I) for r, p in {
-    "qkv": r"(to_|w|in_)?qkv(_proj|_linear)?|c_attn|query_key_value|w_?pack|qkv_layer",
+    "qkv": r"(to_|w|in_)?qkv(_proj|_linear|_layer)?|c_attn|query_key_value|w_?pack|in_proj",
+    "q_a": "q_a_proj", "q_b": "q_b_proj", "kv_a": r"kv_a_proj\w*", "kv_b": "kv_b_proj",
     "kv": r"(to_|w)?kv(_proj|_linear)?|key_value",
-    "q": r"(to_|w|in_proj_|linear_)?(q|query|queries)(_proj|_lin|_linear|_layer|_attn|_projection)?|query_states",
-    "k": r"(to_|w|in_proj_|linear_)?(k|key|keys)(_proj|_lin|_linear|_layer|_projection)?",
-    "v": r"(to_|w|in_proj_|linear_)?(v|value|values)(_proj|_lin|_linear|_layer|_projection)?",
-    "r": r"receptance",
-    "o": r"(to_|w|linear_)?(o|out|output)(_proj|_lin|_linear|_layer|_projection)?|c_proj|dense|proj|projection|attn_out|attention_output",
+    **{r: rf"(to_|w|in_proj_|linear_)?{n}(_proj|_lin|_linear|_layer|_attn|_projection)?" for r, n in
+       {"q": "(q|query|queries)", "k": "(k|key|keys)", "v": "(v|value|values)", "r": "receptance"}.items()},
+    "o": r"(to_|w|linear_)?(o|out|output)(_proj|_lin|_linear|_layer|_projection)?|c_proj|dense|proj|projection|attn_out",
 }.items()}
-CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|multihead_attn|attn2$|src_attn", re.I)
-GATE = re.compile(r"gate|w1$|wi_0|_g$|receptance", re.I)
-HEAD = re.compile(r"^(head|heads|lm_head|classifier|\w*_classifier|cls|score|fc|classification_head|qa_outputs|embed_out|predictions|"
-                  r"\w*_predictions|logits|decode_head|generator_lm_head|seq_relationship|\w*_head|last_linear|output_layer)$")
-TOWER = {"vision": r"vision|visual|image|img|pixel", "text": r"text|language|lang_|^lm$", "audio": r"audio|speech|acoustic",
-         "qformer": r"qformer", "fusion": r"fusion|multimodal|multi_modal|mm_encoder|cross_modal", "perceiver": r"perceiver|resampler"}
-SIDE = {"encoder": r"encoder", "decoder": r"decoder"}
-INPUTS = {"input_ids", "pixel_values", "input_features", "input_values", "past_values", "sample", "hidden_states_in"}
-SPECIAL = r"cls_token|class_token|class_embedding|class_emb|distillation_token|dist_token|register_tokens|reg_token"
+ORDER = {r: i for i, r in enumerate("q k v r o".split())}
+CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|multihead_attn|attn2$", re.I)
+EXPERT = re.compile(r"experts\.(?:expert_)?(\d+)\.|(shared_?\w*)\.")
+STACKED = re.compile(r"gate_up_proj|gate_proj|up_proj|down_proj|w[123]|v1|input_linear|output_linear")
+NOT_MLP = re.compile(r"norm|emb|mod(ulation)?$|ada|time|rel_pos|cpb|downsample|reduction|router")
+HEAD = re.compile(r"(^|\.)(heads?|lm_head|cls|score|scores|fc|embed_out|logits|predictions|seq_relationship|last_linear|output_layer|\w*_head"
+                  r"|qa_outputs|\w*classifier|\w*_predictions)(\.|$)|^(proj_out\w*|output_projection|conv_out)$")
+SPECIAL = re.compile(r"cls_token|class_token|class_emb\w*|dist(illation)?_token|reg(ister)?_tokens?")
+MAJOR = {"backbone": "backbone", "vision": "vision|visual|image|img|pixel", "text": "text|language|^lm$", "audio": "audio|speech",
+         "qformer": "qformer", "fusion": "fusion|multi_?modal|mm_encoder", "perceiver": "perceiver|resampler"}
+MINOR = {"encoder": "encoder", "decoder": "decoder"}
+INPUTS = {"input_ids", "pixel_values", "input_features", "input_values", "past_values", "sample"}
+# ---- true exceptions
+PER_HEAD = re.compile("GPTNeoX|Bloom|Persimmon|Fuyu|Deberta")       # fused rows are (head, qkv, width), not (qkv, head, width)
+UP_FIRST = re.compile("^(GEGLU|SwiGLU)$")                           # fused up and gate: the second half is the gate
+POOLED = re.compile("(CLIP|CLIPSeg|OwlViT|Blip).*Vision")           # the last norm sees the pooled vector, not the stream
+ZIPPED = (("resnets", "attentions"),)                               # sibling lists that forward walks in step
+RECURRENT = ({"x_proj", "dt_proj"}, {"rg_lru"}, {"conv1d", "in_proj", "out_proj"})        # children that make a mixer
 
-# ---- true exceptions ---------------------------------------------------------------------------------------------------
-PER_HEAD = r"GPTNeoX|Bloom|Persimmon|Fuyu"            # fused rows are (head, qkv, width), not (qkv, head, width)
-UP_FIRST = r"GEGLU|SwiGLU$|GluMlp|GEGLUProj"          # fused up/gate whose second half is the gate
-POOLED_NORM = r"CLIP.*Vision|CLIPSegVision|AltCLIPVision"      # their last norm sees the pooled vector only
-ZIPPED = (("resnets", "attentions"),)                 # sibling lists that forward walks in step
 
-
-# ---- 1. walk -----------------------------------------------------------------------------------------------------------
+# ---- 1. the walk -------------------------------------------------------------------------------------------------------
 @lru_cache(None)
 def call_order(cls):
-    """{name: rank} of the attributes cls.forward uses, ranked by when they are called (a(b(x)) calls b first)."""
+    """{name: rank} of the attributes cls.forward uses, by when they are called: a(b(x)) calls b first; own methods inlined."""
     rank, busy = {}, set()
-
-    def visit(code):
-        ops = list(dis.get_instructions(code))
-        ends = defaultdict(list)
-        for op in ops:
-            if op.opname.startswith("CALL") and op.positions:
-                ends[op.positions.lineno, op.positions.col_offset].append(op.offset)
-        when = []
-        for op in ops:
-            if op.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                at = op.positions and (op.positions.lineno, op.positions.col_offset)
-                when.append((min((e for e in ends.get(at, ()) if e > op.offset), default=op.offset), op.argval))
-            elif inspect.iscode(op.argval):
-                when.append((op.offset, op.argval))
-        for _, name in sorted(when, key=lambda w: w[0]):
-            member = None if inspect.iscode(name) else getattr(cls, name, None)
-            if inspect.iscode(name):
-                visit(name)
-            elif inspect.isfunction(member):
-                if name not in busy:
-                    busy.add(name)
-                    enter(member)
-            else:
-                rank.setdefault(name, len(rank))
 
     def enter(function):
         code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is not None:
+        if code is not None and code not in busy:
+            busy.add(code)
             visit(code)
+
+    def visit(code):
+        ops, ends, used = list(dis.get_instructions(code)), defaultdict(list), []
+        for op in ops:
+            at = op.positions and (op.positions.lineno, op.positions.col_offset)
+            if op.opname.startswith("CALL"):
+                ends[at].append(op.offset)
+        for op in ops:
+            at = op.positions and (op.positions.lineno, op.positions.col_offset)
+            if inspect.iscode(op.argval):                           # a comprehension
+                used.append((op.offset, op.argval))
+            elif op.opname in ("LOAD_ATTR", "LOAD_METHOD"):         # called where the call that starts at the same place ends
+                used.append((min((e for e in ends[at] if e > op.offset), default=op.offset), op.argval))
+        for _, name in sorted(used, key=lambda u: u[0]):
+            if inspect.iscode(name):
+                visit(name)
+            elif inspect.isfunction(member := getattr(cls, name, None)):
+                enter(member)
+            else:
+                rank.setdefault(name, len(rank))
     enter(cls.forward)
     return rank
 
 
-def children(module):
-    """Direct children in data order; a child that forward never names stays beside its elder sibling."""
-    kids = [(n, m) for n, m in module._modules.items() if m is not None]
-    if len(kids) < 2 or isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return kids
-    rank, last, keyed = call_order(type(module)), -1, []
-    for n, m in kids:
-        last = rank.get(n, last)
-        keyed.append((last, n, m))
-    return [(n, m) for _, n, m in sorted(keyed, key=lambda k: k[0])]
-
-
 def walk(model):
-    """{path: module} in data order, each module once."""
-    out, seen = {}, set()
+    """({path: module} in data order, each module once; {path: place of its last descendant})."""
+    modules, ends, seen = {}, {}, set()
 
     def visit(path, module):
-        if id(module) in seen:
+        if module is None or id(module) in seen:
             return
         seen.add(id(module))
-        out[path] = module
-        kids = dict(children(module))
-        dot = path + "." if path else ""
-        for a, b in ZIPPED:
-            if a in kids and b in kids:
-                for (i, x), (j, y) in zip(kids[a]._modules.items(), kids[b]._modules.items()):
-                    visit(f"{dot}{a}.{i}", x)
-                    visit(f"{dot}{b}.{j}", y)
-        for n, m in kids.items():
-            visit(dot + n, m)
+        modules[path] = module
+        kids, dot = dict(module._modules), path + "." if path else ""
+        for pair in ZIPPED:
+            if kids.keys() >= set(pair):
+                for i in kids[pair[0]]._modules:
+                    for name in pair:
+                        visit(f"{dot}{name}.{i}", kids[name]._modules.get(i))
+        if len(kids) > 1 and not isinstance(module, LISTS):         # a child that forward never names stays beside its elder
+            rank, last, keyed = call_order(type(module)), -1, []
+            for name in kids:
+                last = rank.get(name, last)
+                keyed.append((last, name))
+            kids = {name: kids[name] for _, name in sorted(keyed, key=lambda k: k[0])}
+        for name, kid in kids.items():
+            visit(dot + name, kid)
+        ends[path] = len(modules) - 1
     visit("", model)
-    return out
+    return modules, ends
 
 
-# ---- leaves ------------------------------------------------------------------------------------------------------------
 class Leaf:
     """A module with parameters of its own."""
 
     def __init__(self, path, module):
         self.path, self.module, self.name = path, module, path.rpartition(".")[2]
-        own = {k: p for k, p in module._parameters.items() if p is not None}
-        self.own, w = own, own.get("weight")
-        kind = type(module).__name__
-        self.kind = "raw"
-        if w is None:
-            pass
-        elif w.dim() == 1:
-            self.kind = "norm" if "norm" in kind.lower() or hasattr(module, "eps") else "raw"
-        elif isinstance(module, nn.Embedding) and w.dim() == 2:
-            self.kind = "embedding"
-        elif isinstance(module, nn.modules.conv._ConvNd):
+        self.own = {k: p for k, p in module._parameters.items() if p is not None}
+        w, name, self.kind = self.own.get("weight"), type(module).__name__, "raw"
+        if w is not None and w.dim() == 1:
+            self.kind = "norm" if "norm" in name.lower() or hasattr(module, "eps") else "raw"
+        elif w is not None and isinstance(module, nn.modules.conv._ConvNd):
             self.kind = "raw" if module.transposed else "conv"
-        elif kind == "Conv1D" and w.dim() == 2:
-            self.kind = "conv1d"
-        elif w.dim() == 2 and (isinstance(module, nn.Linear) or hasattr(module, "in_features")):
-            self.kind = "linear"
-        self.bias = "bias" if self.kind != "raw" and own.get("bias") is not None else ""
+        elif w is not None and w.dim() == 2:
+            self.kind = "embedding" if isinstance(module, nn.Embedding) else "conv1d" if name == "Conv1D" else (
+                "linear" if isinstance(module, nn.Linear) or hasattr(module, "in_features") else "raw")
+        self.bias = "bias" if self.kind != "raw" and "bias" in self.own else ""
+        self.params = [k for k in self.own if k != self.bias]
         self.matrix = self.kind in ("linear", "conv1d", "conv")
         if self.matrix:
-            out, inn = (w.shape[1], w.shape[0]) if self.kind == "conv1d" else (w.shape[0], w[0].numel())
-            self.d_in, self.d_out = inn, out
-            self.wide = self.kind == "conv" and (w[0, 0].numel() > 1 or module.groups > 1)     # mixes positions
-
-
-def words(rel):
-    """Path components without the wrappers that say nothing ("output.dense" -> output, "to_out.0" -> to_out)."""
-    parts = rel.split(".")
-    while len(parts) > 1 and (parts[-1] in ("dense", "linear", "0") and not parts[-2].isdigit() and parts[-2] not in ("mlp", "net", "ff")):
-        parts.pop()
-    return parts
+            self.d_out, self.d_in = w.shape[::-1] if self.kind == "conv1d" else (w.shape[0], w[0].numel())
+        self.wide = self.kind == "conv" and (w[0, 0].numel() > 1 or module.groups > 1)          # looks beyond one position
 
 
 def under(path, root):
     return root == "" or path == root or path.startswith(root + ".")
 
 
+def up(path):
+    return path.rpartition(".")[0]
+
+
+def chain(path):
+    """The path and its ancestors, innermost first; the root's "" last."""
+    yield path
+    while path:
+        yield (path := up(path))
+
+
+def within(path, roots):
+    """The innermost of roots that holds path, or None."""
+    return next((a for a in chain(path) if a in roots), None)
+
+
 def common(paths):
-    """Path of the deepest module that holds all of them (a proper ancestor)."""
-    split = [p.split(".")[:-1] for p in paths]
-    n = 0
+    """The deepest module that properly holds all of them."""
+    split, n = [p.split(".")[:-1] for p in paths], 0
     while all(len(s) > n for s in split) and len({s[n] for s in split}) == 1:
         n += 1
     return ".".join(split[0][:n])
 
 
-def up(path):
-    return path.rpartition(".")[0]
+def word(path):
+    """The last part of a path that says something: "output.dense" -> output, "to_out.0" -> to_out."""
+    parts = path.split(".")
+    while len(parts) > 1 and (parts[-1] in ("dense", "linear") or parts[-1] == "0" and "out" in parts[-2]):
+        parts.pop()
+    return parts[-1]
 
 
 # ---- 2. attentions and blocks ------------------------------------------------------------------------------------------
-def attention_roles(module):
-    """{role: child name} when the module is an attention, else None."""
+def attention_kids(module):
+    """{role: child name} of an attention, else None."""
     if isinstance(module, nn.MultiheadAttention):
         return {"mha": ""}
     found = {}
-    for name in module._modules:
-        role = next((r for r, p in ATTENTION.items() if p.match(name)), None)
+    for name, kid in module._modules.items():
+        role = kid is not None and next((r for r, p in ATTENTION.items() if p.match(name)), None)
         if role:
             found.setdefault(role, name)
-    if "qkv" in found and "q" in found:                 # GPT-2 cross attention: c_attn is k and v only
+    if "qkv" in found and "q" in found:                             # GPT-2's cross attention: c_attn is k and v
         found["kv"] = found.pop("qkv")
-    ok = "qkv" in found or ("q" in found and ("k" in found or "kv" in found)) or ("r" in found and "k" in found and "o" in found)
-    return found if ok and module._modules[found.get("qkv", found.get("q", found.get("r")))] is not None else None
+    if found.get("qkv") == "in_proj" and "attention" not in type(module).__name__.lower():
+        return None
+    has = found.keys()
+    good = "qkv" in has or "q_b" in has or ("q" in has and has & {"k", "kv", "kv_b"}) or has >= {"r", "k", "o"}
+    return found if good else None
 
 
-def lists(path, modules, pseudo):
-    """Ancestors of path (itself included), innermost first, that are elements of a list."""
-    while path:
-        parent = modules.get(up(path))
-        if isinstance(parent, (nn.ModuleList, nn.Sequential)) or (pseudo and re.search(r"\d$", path)):
-            yield path
-        path = up(path)
+def is_mixer(module):
+    return "A_log" in module._parameters or any(module._modules.keys() >= kids for kids in RECURRENT)
 
 
-def find_blocks(modules, leaves, attentions, mixers):
-    """Paths of the blocks, in data order."""
+def find_blocks(modules, leaves, cores):
+    """Paths of the blocks in data order; cores are the paths of attentions and mixers."""
     matrices = [x for x in leaves if x.matrix or any(p.dim() == 3 for p in x.own.values())]
-    blocks = set()
-    cores = list(attentions) + mixers
-    for pseudo in (False, True):
-        loose = [x.path for x in matrices if not any(under(x.path, c) for c in cores) and not ATTENTION["o"].match(words(x.path)[-1])]
+    above = {a for x in leaves for a in chain(x.path) if x.matrix or x.own}
+    loose = {a for x in matrices if within(x.path, cores) is None and not ATTENTION["o"].match(word(x.path)) for a in chain(x.path)}
+    for named in (False, True):                                     # only if no list holds blocks: block1, block2, ...
+        def elements(path, named=named):
+            return [a for a in chain(path) if a and modules[a]._modules and (
+                isinstance(modules[up(a)], LISTS) or (named and a[-1].isdigit()))]
+        blocks = set()
         for core in cores:
-            around = [a for a in lists(core, modules, pseudo) if modules[a]._modules]
-            full = next((a for a in around if any(under(p, a) for p in loose)), around[0] if around else None)
-            if full is not None:
-                blocks.add(full)
-        if cores:                                       # mixer-free elements of the same list, MLP-only ones too
-            for parent in {up(b) for b in blocks}:
-                if isinstance(modules[parent], (nn.ModuleList, nn.Sequential)):
-                    blocks |= {p for n in modules[parent]._modules if (p := f"{parent}.{n}" if parent else n) in modules
-                               and modules[p]._modules and any(under(x.path, p) for x in leaves)
-                               and not any(b != p and under(b, p) for b in blocks)}
-        region = common(list(blocks)) if blocks else ""
-        count = defaultdict(int)
-        for x in matrices:
-            for a in lists(up(x.path), modules, pseudo):
-                if modules[a]._modules and under(a, region) and not any(under(a, b) or under(b, a) for b in blocks):
-                    count[a] += 1
-                    if count[a] > 1:
-                        break
-        convs = {a for a, n in count.items() if n > 1}
-        convs = {a for a in convs if not any(b != a and under(b, a) for b in convs)}
-        if not blocks or len({up(b) for b in blocks}) > 1:
-            blocks |= convs
+            around = elements(core)
+            blocks.update([a for a in around if a in loose][:1] or around[:1])
+        taken = {a for b in blocks for a in chain(b)}
+        for home in {up(b) for b in blocks if isinstance(modules[up(b)], nn.ModuleList | nn.Sequential)}:
+            for name, kid in modules[home]._modules.items():        # its neighbours, such as MLP-only blocks
+                path = f"{home}.{name}" if home else name
+                if kid._modules and path not in taken and path in above:
+                    blocks.add(path)
+        if len({up(b) for b in blocks}) != 1:                       # no attention at all, or stages of which some have none
+            region, inside, taken = common(blocks) if blocks else "", defaultdict(list), {a for b in blocks for a in chain(b)}
+            for x in matrices:
+                for a in elements(up(x.path)) if within(x.path, blocks) is None else ():
+                    if under(a, region) and a not in taken:
+                        inside[a].append(x)
+            normed = {a for x in leaves if x.kind == "norm" for a in chain(x.path)}
+            more = {a for a, xs in inside.items() if len(xs) > 1 and (a in normed or any(x.wide or x.kind != "conv" for x in xs))}
+            blocks |= more - {a for b in more for a in chain(up(b))}
         if blocks:
             break
-    if not blocks and cores:
-        blocks = {up(cores[0])} if len(cores) == 1 else set()
-    # a block inside another block is a part of it
-    return [p for p in modules if p in blocks and not any(b != p and under(p, b) for b in blocks)]
+    if not blocks and len(cores) == 1:
+        blocks = {up(cores[0])}
+    return [p for p in modules if p in blocks and not (p and within(up(p), blocks))]
 
 
 # ---- 3. inside a block -------------------------------------------------------------------------------------------------
 class Block:
-    """Roles of one block's leaves, and the modules its streams are read from."""
+    """Claims the leaves of one block for roles, and notes where its streams are read."""
 
-    def __init__(self, path, number, leaves, modules, attentions, mixers, config):
-        self.path, self.number, self.modules, self.config = path, number, modules, config
-        self.module = modules[path]
-        self.leaves = [x for x in leaves if under(x.path, path)]
-        self.roles = {}              # (leaf path, param) -> list of dict(role, rows, index, ...)
-        self.streams = []            # (name, module path, layout, mid)
-        self.attends = []            # (name, module path, heads)
-        self.part = {}               # leaf path -> the sublayer it belongs to
-        self.taken = set()
-        self.width = 0
-        for core in attentions:
-            if under(core, path):
-                self.attention(core, attentions[core])
+    def __init__(self, path, number, leaves, attentions, mixers, modules, config):
+        self.path, self.number, self.modules, self.config, self.module = path, number, modules, config, modules[path]
+        self.leaves = {x.path: x for x in leaves}
+        self.claims, self.streams, self.attends = [], [], []
+        self.part, self.names, self.holder, self.width, self.norm = {}, set(), None, 0, {}      # part: leaf path -> sublayer
+        for core, kids in attentions.items():
+            self.attention(core, kids)
         for core in mixers:
-            if under(core, path):
-                self.mixer(core)
+            self.mixer(core)
         self.experts()
         self.mlps()
         self.convs()
         self.norms()
-        self.width = self.width or next((x.d_out for x in reversed(self.leaves) if x.matrix), 0) or next(
-            (p.shape[-1] for x in self.leaves for p in x.own.values()), 0)
+        self.width = self.width or next((x.d_out for x in reversed(self.free.values()) if x.matrix), 0) or next(
+            (x.d_out for x in reversed(self.leaves.values()) if x.matrix), 0)
+
+    @property
+    def free(self):
+        return {p: x for p, x in self.leaves.items() if p not in self.part}
 
     def rel(self, path):
         return path[len(self.path) + 1:] if self.path else path
 
     def fresh(self, group):
-        """group, or group2, group3 when the block already has one."""
-        n = 1
-        while (name := group + (str(n) if n > 1 else "")) in self.taken:
-            n += 1
-        self.taken.add(name)
-        return name
+        """attn, then attn2, attn3."""
+        n = 1 + sum(re.fullmatch(group + r"\d*", g) is not None for g in self.names)
+        self.names.add(group := group + str(n) * (n > 1))
+        return group
 
-    def put(self, leaf, role, param="weight", bias=None, part="", **more):
-        name = role if "name" not in more else more.pop("name")
-        self.roles.setdefault((leaf.path, param), []).append(
-            dict(role=role, tail=name, bias=leaf.bias if bias is None else bias, **more))
+    def claim(self, leaf, role, part, name=None, **more):
+        self.claims.append((leaf, dict(role=role, name=name or role, **more)))
         self.part[leaf.path] = part
 
-    def free(self, leaf):
-        return leaf.path not in self.part
+    def stream(self, name, path, layout, mid=None):
+        self.streams.append((name, path, layout, mid))
 
-    # attention
     def attention(self, core, kids):
-        group = self.fresh("cross" if CROSS.search(self.rel(core)) else "attn")
-        here = {x.path: x for x in self.leaves}
-        module = self.modules[core]
-        if "mha" in kids:
-            leaf, out = here.get(core), here[core + ".out_proj"]
-            heads = (module.num_heads, module.num_heads, module.head_dim)
-            d, bias = module.embed_dim, "in_proj_bias" if module.in_proj_bias is not None else ""
+        group, module = self.fresh("cross" if CROSS.search(self.rel(core)) else "attn"), self.modules[core]
+        dot = core + "." if core else ""
+        if "mha" in kids:                                           # torch's own: its forward reads every parameter itself
+            heads, out = (module.num_heads, module.num_heads, module.head_dim), self.leaves[dot + "out_proj"]
             for i, r in enumerate("qkv"):
-                if module.in_proj_weight is not None:
-                    self.put(leaf, f"{group}.{r}", "in_proj_weight", bias, group, rows=(i * d, i * d + d), heads=heads, layout="raw")
-                else:
-                    self.put(leaf, f"{group}.{r}", f"{r}_proj_weight", "", group, heads=heads, layout="raw")
-            self.put(out, f"{group}.o", part=group, heads=heads, owner=core, layout="raw")
+                whole, d = module.in_proj_weight is not None, module.embed_dim
+                self.claim(self.leaves[core], f"{group}.{r}", group, param="in_proj_weight" if whole else f"{r}_proj_weight", heads=heads,
+                           bias="in_proj_bias" if whole and module.in_proj_bias is not None else "", rows=(i * d, i * d + d) if whole else None)
+            self.claim(out, f"{group}.o", group, reader=core, heads=heads)
         else:
-            at = {r: here.get(f"{core}.{n}" if core else n) for r, n in kids.items()}
-            out = at.get("o") or self.output(core)
+            at = {r: self.leaves.get(dot + n) or self.leaves.get(f"{dot}{n}.0") for r, n in kids.items()}
+            at = {r: x for r, x in at.items() if x is not None and x.matrix}
+            out = at.pop("o", None) or self.output(core)
             heads = head_shape(module, self.config, at, out)
-            for r, leaf in at.items():
-                if leaf is None or not leaf.matrix or r == "o":
-                    continue
-                split = fused_rows(module, leaf, heads, r, self.config) if r in ("qkv", "kv") else None
-                if split is None:
-                    self.put(leaf, f"{group}.{r}", part=group, heads=heads)
-                for one, rows in (split or {}).items():
-                    self.put(leaf, f"{group}.{one}", part=group, rows=rows, heads=heads)
+            reader = core if "q_bias" in module._parameters and "linear" in call_order(type(module)) else None   # F.linear(x, qkv.weight)
+            for r, x in sorted(at.items(), key=lambda a: ORDER.get(a[0], 0)):
+                split = fused_rows(module, x, heads, r, self.config) if r in ("qkv", "kv") else {r: None}
+                for one, rows in split.items():
+                    self.claim(x, f"{group}.{one}", group, rows=rows, heads=heads, reader=reader, after=next(iter(at.values())))
             if out is not None:
-                self.put(out, f"{group}.o", part=group, heads=heads)
-        for x in self.leaves:                           # q_norm, k_norm, MLA's norms
-            if self.free(x) and under(x.path, core) and core != self.path:
-                if x.kind == "norm":
-                    self.put(x, f"{group}.{x.name.lower()}" if x.name.endswith("norm") else f"{group}.{x.name.lower()}_norm", part=group)
+                self.claim(out, f"{group}.o", group, heads=heads)
+        for x in self.free.values():
+            if x.kind == "norm" and under(x.path, core) and re.match(r"(q|k|v|query|key|kv_a|q_a|kv_layer)_?\w*norm", x.name, re.I):
+                self.claim(x, f"{group}.{re.sub('_?layer_?norm|_?norm', '', x.name, flags=re.I)}_norm", group)
         self.attends.append((group, core, heads))
         if out is not None:
-            self.width = getattr(out, "d_out", self.width)
-            whole = under(out.path, core) and core != self.path and not adds_residual(module)
-            self.streams.append((f"{group}.out", core if whole else out.path, "out", None))
+            self.width = out.d_out
+            inner = any(x.kind == "norm" and under(x.path, core) for x in self.free.values())       # the core adds and normalises
+            whole = under(out.path, core) and core != self.path and not inner and not adds_residual(module)
+            self.stream(f"{group}.out", core if whole else out.path, "out")
 
     def output(self, core):
         """The output projection beside an attention core (BERT: attention.self and attention.output.dense)."""
-        root = core
-        while root != self.path:
-            for x in self.leaves:
-                if x.matrix and self.free(x) and under(x.path, root) and not under(x.path, core):
-                    if ATTENTION["o"].match(words(self.rel(x.path))[-1]):
-                        return x
-            root = up(root)
-            if root == self.path:
-                break
-        return None
+        while core not in ("", self.path) and up(core) != self.path:
+            core = up(core)
+            for p, x in self.free.items():
+                if x.matrix and under(p, core) and ATTENTION["o"].match(word(p)):
+                    return x
 
-    # state-space and other recurrent mixers
     def mixer(self, core):
         group = self.fresh("ssm")
-        out = None
-        for x in self.leaves:
-            if under(x.path, core) and self.free(x):
-                rel = x.path[len(core) + 1:]
-                for param in x.own:
-                    if param == x.bias:
-                        continue
-                    name = rel if param == "weight" else param
-                    name = re.sub(r"(_proj|1d|_log|_layernorm|norm)$", lambda m: "_norm" if "norm" in m[0] else "", name.split(".")[-1])
-                    name = name.strip("_") or "norm"
-                    self.put(x, f"{group}.{name}", param, "dt_bias" if False else None, group)
-                    if name == "out":
-                        out = x
-        if out is not None:
-            self.width = out.d_out
-        self.streams.append((f"{group}.out", core, "out", None))
+        for p, x in self.free.items():
+            if under(p, core):
+                for k in x.params:
+                    name = re.sub(r"^linear_|_proj$|_?1d$|_log$", "", x.name if k == "weight" and p != core else k)
+                    self.claim(x, f"{group}.{name}", group, param=k)
+                    self.width = x.d_out if name == "out" else self.width
+        self.stream(f"{group}.out", core, "out")
 
-    # experts
     def experts(self):
-        for x in self.leaves:
-            stacks = {k: p for k, p in x.own.items() if p.dim() == 3 and re.search(r"gate|up|down|w1|w2|w3|v1", k)}
-            if not stacks or not self.free(x):
-                continue
-            flip = bool(getattr(x.module, "is_transposed", False))
-            for k, p in stacks.items():
-                bias = k + "_bias" if k + "_bias" in x.own else ""
+        for x in list(self.free.values()):
+            for k, p in x.own.items():
+                name = x.name if k == "weight" else k
+                if p.dim() != 3 or not STACKED.fullmatch(name):
+                    continue
+                both, last = name in ("gate_up_proj", "input_linear"), re.fullmatch("down_proj|w2|output_linear", name)
+                flip = getattr(x.module, "is_transposed", None)
+                flip = flip if flip is not None else p.shape[1] == self.width != p.shape[2] and not last
+                n, one = p.shape[2 if flip else 1], "down" if last else "gate" if re.match("gate|w1", name) else "up"
+                rows = {one: None} if not both else {"gate": (0, n // 2), "up": (n // 2, n)} if getattr(
+                    x.module, "is_concatenated", True) else {"gate": torch.arange(0, n, 2), "up": torch.arange(1, n, 2)}
                 for e in range(p.shape[0]):
-                    n = p.shape[2] if flip else p.shape[1]
-                    both = "gate" in k and "up" in k
-                    inter = both and "GptOss" in type(x.module).__name__
-                    halves = {"gate": torch.arange(0, n, 2) if inter else (0, n // 2),
-                              "up": torch.arange(1, n, 2) if inter else (n // 2, n)} if both else {
-                        "down" if re.search("down|w2", k) else "gate" if re.search("gate|w1", k) else "up": None}
-                    for r, rows in halves.items():
-                        self.put(x, f"mlp.expert.{r}", k, bias, "mlp", name=f"mlp.expert.{e}.{r}", rows=rows, index=e, layout="stack", turned=flip)
-            self.expert_root = up(x.path)
-        for x in self.leaves:
-            if self.free(x) and re.search(r"(^|\.)(gate|router|gate\.wg|router\.classifier)$", self.rel(x.path)) and x.own.get("weight") is not None:
-                if x.own["weight"].dim() == 2 and any(".experts" in k[0] for k in self.roles) or ".experts." in "".join(y.path for y in self.leaves):
-                    self.put(x, "mlp.router", part="mlp")
+                    for r, part in rows.items():
+                        self.claim(x, f"mlp.expert.{r}", "mlp", f"mlp.expert.{e}.{r}", param=k, rows=part, index=e, layout="stack", turned=flip,
+                                   bias=k + "_bias" if k + "_bias" in x.own else "")
+                self.holder = up(x.path) if k != "weight" else up(up(x.path))
+        moe = self.holder or any(EXPERT.search(p) for p in self.leaves)
+        for p, x in self.free.items():
+            if moe and re.search(r"(^|\.)(gate|router)(\.|$)", self.rel(p)) and "weight" in x.own and x.own["weight"].dim() == 2 and "proj" not in p:
+                self.claim(x, "mlp.router", "mlp", bias="bias" if "bias" in x.own else "")
+        if self.holder:
+            self.names.add("mlp")
+            self.ends(self.holder, "mlp")
 
-    # MLPs
     def mlps(self):
-        groups = defaultdict(list)
-        for x in self.leaves:
-            if not (self.free(x) and x.matrix):
+        groups, no_wide = defaultdict(list), not any(x.wide for x in self.leaves.values())
+        for p, x in self.free.items():
+            rel = self.rel(p)
+            if not x.matrix or x.kind == "conv" and (x.wide or not (no_wide or re.search(r"fc|pwconv|mlp|ffn", rel))):
                 continue
-            rel = self.rel(x.path)
-            parts = words(rel)
-            if x.kind == "conv" and (x.wide or not re.search(r"fc|pwconv|mlp|ffn|dense", rel)):
-                continue
-            holder = self.path
-            key = []
-            for n, comp in enumerate(parts[:-1]):
-                key.append(comp)
-                holder = f"{holder}.{comp}" if holder else comp
-                if not isinstance(self.modules.get(holder), nn.ModuleList) and not re.match(r"experts?$|shared", parts[n + 1]):
-                    break
-            key = ".".join(key)
-            if re.search(r"norm|emb|mod(ulation)?$|ada|time|rel_pos|cpb|downsample|reduction", key):
-                continue
-            if len(parts) == 1 or not key:
-                key = ""
-            m = re.match(r"(intermediate|output)(_\w+)?$", parts[0])
-            if m:
-                key = m[2] or ""
-            expert = re.search(r"(shared\w*)|experts\.(\d+)", rel)
-            groups[key, expert[0] if expert else ""].append(x)
+            parts, expert = rel.split("."), EXPERT.search(rel)
+            beside = re.match(r"(intermediate|output)(_\w+)?\.", rel)           # BERT: intermediate.dense and output.dense
+            n = next((i + 1 for i, c in enumerate(parts[:-1]) if not isinstance(self.modules[self.join(parts[:i + 1])], nn.ModuleList)
+                      and not re.search("mixer", c)), 0)
+            key = ".".join(parts[:n]) if not beside or no_wide and x.kind == "conv" else beside[2] or ""
+            if not NOT_MLP.search(key):
+                groups[key, expert[0] if expert else ""].append(x)
         for (key, expert), xs in groups.items():
-            self.mlp(key, expert, xs)
+            self.mlp(key, expert and (EXPERT.search(expert)[1] or "shared"), xs)
+
+    def join(self, parts):
+        return ".".join([self.path] * bool(self.path) + parts)
 
     def mlp(self, key, expert, xs):
         roles = mlp_roles(xs)
         if roles is None:
             return
-        prefix = "mlp"
-        if not expert:
-            prefix = self.fresh("mix" if re.search(r"token", key) else "mlp")
-        number = re.search(r"\d+$", expert)
-        middle = "" if not expert else f"expert.{number[0]}." if number else "shared."
-        gate_up = self.modules[up(roles["up"].path)]
+        group = "mlp" if expert else self.fresh("mix" if re.search("token|patch_mixer", key) else "mlp")
+        at = "" if not expert else "shared." if expert == "shared" else f"expert.{expert}."
+        fused = roles["up"].d_out == 2 * roles["down"].d_in and "gate" not in roles
         for r, x in roles.items():
-            tail, role = f"{prefix}.{middle}{r}", f"{prefix}.{'expert.' if number else middle}{r}"
-            if r == "up" and x.d_out == 2 * roles["down"].d_in and "gate" not in roles:
-                names = ("up", "gate") if re.search(UP_FIRST, type(gate_up).__name__) else ("gate", "up")
-                for i, one in enumerate(names):
-                    half = x.d_out // 2
-                    self.put(x, role[:-2] + one, part=prefix, name=tail[:-2] + one, rows=(i * half, i * half + half))
-            else:
-                self.put(x, role, part=prefix, name=tail)
-        if expert and "mlp" in self.taken:
-            return
-        self.taken.add("mlp")
+            parent, half = self.modules[up(x.path)], x.d_out // 2
+            late = UP_FIRST.search(type(parent).__name__) or getattr(parent, "gate_last", False)
+            for i, one in enumerate((("up", "gate") if late else ("gate", "up")) if fused and r == "up" else (r,)):
+                rows = (i * half, i * half + half) if fused and r == "up" else None
+                self.claim(x, f"{group}.{at.replace(str(expert), '').replace('..', '.') if at else ''}{one}" if expert != "shared" else
+                           f"{group}.shared.{one}", group, f"{group}.{at}{one}", rows=rows)
         self.width = self.width or roles["down"].d_out
+        if expert and "mlp" in self.names:
+            return
+        self.names.add("mlp")
         holder = common([x.path for x in roles.values()])
-        if expert:                                      # the module that routes
-            holder = re.split(r"\.?(shared\w*|experts)(\.|$)", holder)[0]
+        holder = holder if not expert else self.join(re.split(r"\.(?:experts|shared_?\w*)\.", self.rel(xs[0].path))[:1])
+        self.ends(holder, group, roles)
+
+    def ends(self, holder, group, roles=None):
         whole = holder != self.path and under(holder, self.path) and not adds_residual(self.modules[holder])
-        first = roles.get("gate", roles["up"])
-        self.holder = getattr(self, "holder", None) or (holder if whole else None)
-        self.streams.append((f"{prefix}.in", holder if whole else first.path, "in", None))
-        self.streams.append((f"{prefix}.out", holder if whole else roles["down"].path, "out", None))
+        if group == "mlp" and whole:
+            self.holder = holder
+        self.stream(f"{group}.in", holder if whole else roles.get("gate", roles["up"]).path, "in")
+        self.stream(f"{group}.out", holder if whole else roles["down"].path, "out")
 
-    # convolutions
     def convs(self):
-        n = defaultdict(int)
-        for x in self.leaves:
-            if self.free(x) and x.kind == "conv":
-                rel = self.rel(x.path)
-                kind = "conv.short" if re.search(r"downsample|shortcut", rel) else "se" if re.search(
-                    r"(^|\.)(se|squeeze\w*)(\.|$)|attention\.\d", rel) else "conv"
-                i = n[kind]
-                n[kind] += 1
-                self.put(x, kind if kind == "conv.short" and not i else f"{kind}.{i}", part="conv")
+        count = defaultdict(int)
+        for p, x in self.free.items():
+            if x.kind == "conv":
+                kind = "conv.short" if re.search("downsample|shortcut", self.rel(p)) else "se" if re.search(
+                    r"(^|\.)(se|squeeze\w*)\.|attention\.\d", self.rel(p)) else "conv"
+                self.claim(x, kind if kind == "conv.short" and not count[kind] else f"{kind}.{count[kind]}", "conv")
+                count[kind] += 1
 
-    # norms: before the first sublayer, between two, after the last
     def norms(self):
-        runs = []                                       # [sublayer name] or [norm, norm, ...] in data order
-        for x in self.leaves:
-            if x.kind == "norm" and self.free(x):
-                inner = getattr(self, "holder", None)
-                if inner and inner != self.path and under(x.path, inner):
-                    self.put(x, f"mlp.{x.name.lower()}", part="mlp")
-                    continue
-                if runs and isinstance(runs[-1], list):
-                    runs[-1].append(x)
-                else:
-                    runs.append([x])
-            elif self.part.get(x.path) and (not runs or isinstance(runs[-1], list) or runs[-1] != self.part[x.path]):
-                runs.append(self.part[x.path])
-        subs = [r for r in runs if isinstance(r, str)]
-        flag = next((bool(getattr(self.module, f)) for f in ("norm_first", "do_layer_norm_before", "normalize_before")
-                     if hasattr(self.module, f)), None)
-        pre = bool(runs) and isinstance(runs[0], list) if flag is None else flag
-        if flag and runs and not isinstance(runs[0], list) or (flag is False and runs and isinstance(runs[0], list)):
-            norms, runs = [x for r in runs if isinstance(r, list) for x in r], []     # forward holds both orders
-            for i, s in enumerate(dict.fromkeys(subs)):
-                pair = norms[i:i + 1]
-                runs += [pair, s] if pre else [s, pair]
-        self.norm_of, last = {}, {}
+        """Norms are told apart by where they stand: before the first sublayer, between two, or after the last."""
+        runs = []                                                   # sublayer names and lists of norms, in data order
+        last, taken = None, 0
+        for p, x in self.leaves.items():
+            if p in self.part and x.kind != "norm":
+                last = self.claims[[c[0] for c in self.claims].index(x)][1]["name"] if self.part[p] == "conv" else last
+                if not runs or runs[-1] != self.part[p]:
+                    runs.append(self.part[p])
+            elif x.kind == "norm" and p not in self.part and self.holder and self.holder != self.path and under(p, self.holder):
+                self.claim(x, f"mlp.{x.name.lower()}", "mlp")
+            elif x.kind == "norm" and p not in self.part and last and last.startswith("conv") and runs[-1] == "conv" and self.names <= {"conv"}:
+                self.claim(x, last + ".norm", "conv")
+            elif x.kind == "norm" and p not in self.part:
+                runs += [[x]] if not runs or isinstance(runs[-1], str) else []
+                runs[-1] += [x] * (runs[-1][0] is not x)
+        subs = list(dict.fromkeys(r for r in runs if isinstance(r, str)))
+        flag = next((bool(getattr(self.module, f)) for f in ("norm_first", "do_layer_norm_before", "normalize_before") if hasattr(self.module, f)), None)
+        pre = (bool(runs) and isinstance(runs[0], list)) if flag is None else flag
+        if flag is not None or hasattr(self.module, "use_parallel_residual"):       # forward holds both orders: one norm for each in turn
+            every, runs = [x for r in runs if isinstance(r, list) for x in r], []
+            for i, s in enumerate(subs):
+                runs += [every[i:i + 1], s] if pre else [s, every[i:i + 1]]
         for i, run in enumerate(runs):
             if isinstance(run, str):
                 continue
-            before = next((r for r in reversed(runs[:i]) if isinstance(r, str)), None)
-            after = [r for r in runs[i + 1:] if isinstance(r, str)]
+            before = next((r for r in runs[i - 1::-1] if isinstance(r, str)), None) if i else None
+            after = [r for r in dict.fromkeys(r for r in runs[i:] if isinstance(r, str)) if r != before]
             for n, x in enumerate(run):
-                if before == "conv" and not re.match("mlp", after[0] if after else ""):
-                    owner, kind = "conv", "norm"
-                elif pre and before is None and len(run) > 1:
-                    owner, kind = after[n] if n < len(after) else "", "norm"
-                elif pre and after and n == len(run) - 1:
-                    owner, kind = after[0], "norm"
-                else:
-                    owner, kind = before, "post_norm" if pre else "norm"
-                name = f"{owner}.{kind}" if owner else ""
-                if name and owner != "conv" and name in self.norm_of:
-                    name = f"{name}2" if f"{name}2" not in self.norm_of else ""
-                if owner == "conv":
-                    last["conv"] = last.get("conv", -1) + 1
-                    name = f"conv.{last['conv']}.norm"
-                if name:
-                    self.norm_of[name] = x
-                    self.put(x, name, part="")
+                ahead = after[n - len(run) + 1 if before else n:][:1] if pre or before == "conv" else []
+                ahead = [] if before and n < len(run) - 1 else ahead
+                name = f"{ahead[0]}.norm" if ahead else f"{before}.{'post_norm' if pre else 'norm'}" if before else ""
+                if name and name not in self.norm:
+                    self.norm[name] = x
+                    self.claim(x, name, "")
+                    taken += 1
         self.middle(pre, subs)
 
     def middle(self, pre, subs):
         """The stream between attention and MLP."""
-        if "mlp" not in subs or not any(s.startswith(("attn", "ssm")) for s in subs) or getattr(self.module, "use_parallel_residual", False):
-            return
-        norm = self.norm_of.get("mlp.norm") if pre else next(
-            (self.norm_of[f"{s}.norm"] for s in reversed(subs[:subs.index("mlp")]) if f"{s}.norm" in self.norm_of), None)
-        if norm is None:
+        heads = [s for s in subs[:subs.index("mlp")] if s.startswith(("attn", "ssm", "cross"))] if "mlp" in subs else []
+        parallel = getattr(self.module, "use_parallel_residual", False) or getattr(self.config, "parallel_attn", False)
+        norm = self.norm.get("mlp.norm") if pre else next((self.norm[f"{s}.norm"] for s in reversed(heads) if f"{s}.norm" in self.norm), None)
+        if not heads or parallel or norm is None:
             return
         if not pre:
-            self.streams.append(("mid", norm.path, "out", None))
-            return
-        holder = getattr(self, "holder", None)
-        if holder is None or getattr(self.config, "parallel_attn", False):
-            return
-        both = common([norm.path, holder])
-        if both != self.path and under(both, self.path) and not isinstance(self.modules[both], nn.ModuleList):
-            self.streams.append(("mid", both, "in", None))          # a sublayer that adds its own residual (T5)
-        else:
-            self.streams.append(("mid", norm.path, "mid", (norm.module, self.modules[holder], self.module)))
+            self.stream("mid", norm.path, "out")
+        elif self.holder is not None:
+            both = common([norm.path, self.holder + ".x"])
+            if both != self.path and under(both, self.path) and not isinstance(self.modules[both], LISTS):
+                self.stream("mid", both, "in")                      # a sublayer that adds its own residual (T5)
+            else:
+                self.stream("mid", norm.path, "mid", (norm.module, self.modules[self.holder], self.module))
 
 
 def adds_residual(module):
-    """True when forward itself is given what it is to be added to (BLOOM, BERT's output)."""
-    try:
-        return bool({"residual", "input_tensor"} & set(inspect.signature(inspect.unwrap(type(module).forward)).parameters))
-    except (TypeError, ValueError):
-        return False
+    """True when forward itself is given what it adds to (BLOOM's attention, BERT's output)."""
+    return bool({"residual", "input_tensor"} & set(inspect.signature(inspect.unwrap(type(module).forward)).parameters))
 
 
 def mlp_roles(xs):
-    """{up, gate?, down} of the matrices of one MLP, by shape, with names where shapes do not tell."""
-    if len(xs) == 2:
-        a, b = xs
-        if a.d_out not in (b.d_in, 2 * b.d_in) and b.d_out in (a.d_in, 2 * a.d_in):
-            a, b = b, a
-        return {"up": a, "down": b} if a.d_out in (b.d_in, 2 * b.d_in) else None
-    if len(xs) == 3:
-        for down in reversed(xs):
-            a, b = (x for x in xs if x is not down)
-            if a.d_in == b.d_in and down.d_in in (a.d_out, b.d_out):
-                if re.search(r"down|w2|fc2|wo$", down.name) or down is xs[-1] and not re.search(r"down|w2", a.name + b.name):
-                    gate = next((x for x in (a, b) if GATE.search(x.name)), a)
-                    return {"gate": gate, "up": b if gate is a else a, "down": down}
-    return None
-
-
-def number(thing, *names):
-    return next((v for n in names if isinstance(v := getattr(thing, n, None), int) and not isinstance(v, bool)), 0)
+    """{gate?, up, down} of the matrices of one MLP by shape, by name where shapes do not tell."""
+    best = None
+    for down in xs:
+        ins = [x for x in xs if x is not down]
+        if len(ins) in (1, 2) and len({x.d_in for x in ins}) == 1 and any(down.d_in in (x.d_out, x.d_out / 2) for x in ins):
+            if best is None or not re.search("down|w2|fc2|wo$", best.name):
+                best = down
+    if best is None:
+        return None
+    ins = [x for x in xs if x is not best]
+    gate = next((x for x in ins if re.search("gate|w1$|wi_0|_g$|receptance", x.name)), ins[0])
+    return {"up": ins[0], "down": best} if len(ins) == 1 else {"gate": gate, "up": next(x for x in ins if x is not gate), "down": best}
 
 
 def head_shape(module, config, at, out):
     """(query heads, key/value heads, width of one), from the attention, else its config, else the shapes."""
-    owners = [o for o in (module, getattr(module, "config", None), config) if o is not None]
-    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nheads", "num_head", "nh", "h")
-    q = next((v for o in owners if (v := number(o, *names))), 0)
-    if not q:
+    def number(thing, *names):
+        return next((v for n in names if isinstance(v := getattr(thing, n, None), int) and not isinstance(v, bool)), 0)
+    owners = [module, getattr(module, "config", None), config]
+    q = next((v for o in owners if (v := number(
+        o, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nheads", "num_head", "nh", "h"))), 0)
+    rows = at["q"].d_out if "q" in at else out.d_in if out is not None else 0
+    width = rows // q if q and rows % q == 0 else number(module, "head_dim", "attention_head_size", "dim_head")
+    if not q or not width:
         return None
-    width = next((v for o in owners[:1] if (v := number(o, "head_dim", "attention_head_size", "dim_head", "head_size", "key_value_proj_dim"))), 0)
-    rows = at["q"].d_out if at.get("q") is not None and at["q"].matrix else getattr(out, "d_in", 0)
-    width = rows // q if rows and rows % q == 0 else width
-    if not width:
-        return None
-    kv = at["k"].d_out // width if at.get("k") is not None and at["k"].matrix else 0
-    if not kv and at.get("qkv") is not None and at["qkv"].matrix:
-        kv = (at["qkv"].d_out - q * width) // (2 * width)
+    kv = at["k"].d_out // width if "k" in at else (at["qkv"].d_out - q * width) // (2 * width) if "qkv" in at else 0
     return q, kv or q, width
 
 
 def fused_rows(module, leaf, heads, kind, config):
-    """{q, k, v: rows} of a fused projection; None when its rows do not add up to whole heads."""
-    if heads is None:                                   # nobody says how many heads: thirds, which holds for any equal heads
-        third = leaf.d_out // 3
-        return {r: (i * third, i * third + third) for i, r in enumerate("qkv")} if kind == "qkv" and leaf.d_out % 3 == 0 else None
-    q, kv, w = heads
+    """{q, k, v: rows} of a fused projection; one site when its rows do not add up to whole heads."""
+    n, name = leaf.d_out, type(module).__name__
     if kind == "kv":
-        half = leaf.d_out // 2
-        return {"k": (0, half), "v": (half, 2 * half)}
-    if (q + 2 * kv) * w != leaf.d_out:
-        return None
-    name, every = type(module).__name__, torch.arange(leaf.d_out)
-    grouped = re.search(PER_HEAD, name) is not None
-    if name.startswith("Falcon"):
-        grouped = getattr(config, "new_decoder_architecture", False) or not getattr(config, "multi_query", False)
-    if name.startswith("GPTBigCode"):
-        grouped = kv == q
-    if name.startswith("CodeGen"):                      # (4 slices, [q | v | k], width)
+        return {"k": (0, n // 2), "v": (n // 2, n)}
+    if heads is None:                                               # equal thirds hold for any number of equal heads
+        return {r: (i * n // 3, (i + 1) * n // 3) for i, r in enumerate("qkv")} if n % 3 == 0 else {kind: None}
+    q, kv, w = heads
+    if (q + 2 * kv) * w != n:
+        return {kind: None}
+    every = torch.arange(n)
+    if name.startswith("CodeGen"):                                  # four slices, each [q | v | k]
         every = every.view(4, 3, -1)
-        return {"q": every[:, 0].flatten(), "v": every[:, 1].flatten(), "k": every[:, 2].flatten()}
-    if grouped:
+        return {"q": every[:, 0].flatten(), "k": every[:, 2].flatten(), "v": every[:, 1].flatten()}
+    grouped = PER_HEAD.search(name) or (name.startswith("GPTBigCode") and kv == q) or (name.startswith("Falcon") and (
+        getattr(config, "new_decoder_architecture", False) or not getattr(config, "multi_query", False)))
+    if grouped:                                                     # for each kv head: its queries, its key, its value
         every, g = every.view(kv, q // kv + 2, w), q // kv
         return {"q": every[:, :g].flatten(), "k": every[:, g].flatten(), "v": every[:, g + 1].flatten()}
-    a, b = q * w, (q + kv) * w
-    return {"q": (0, a), "k": (a, b), "v": (b, leaf.d_out)}
+    return {"q": (0, q * w), "k": (q * w, (q + kv) * w), "v": ((q + kv) * w, n)}
 
 
 # ---- 4. towers ---------------------------------------------------------------------------------------------------------
-def tower_key(path):
-    major = next((t for part in path.split(".") for t, p in TOWER.items() if re.search(p, part, re.I)), "")
-    minor = next((t for part in path.split(".") for t, p in SIDE.items() if re.search(p, part, re.I)), "")
-    return major, minor
-
-
 def towers(paths):
-    """{tower name: block paths}: no name when there is only one, the shortest telling name otherwise."""
-    keyed = defaultdict(list)
+    """{tower name: block paths}: "" when there is only one, else the shortest telling name."""
+    def first(table, path):
+        return next((t for part in path.split(".") for t, p in table.items() if re.search(p, part, re.I)), "")
+    keyed, named = defaultdict(list), {}
     for p in paths:
-        keyed[tower_key(p)].append(p)
-    if len(keyed) == 1:
-        return {"": paths}
-    majors = [k[0] for k in keyed]
-    named = {}
+        keyed[first(MAJOR, p), first(MINOR, p)].append(p)
+    majors = [major for major, _ in keyed]
     for (major, minor), ps in keyed.items():
-        name = major if major and majors.count(major) == 1 else minor or major or "main"
-        name = name if name not in named else f"{major}_{minor}"
-        named[name] = ps
+        name = "" if len(keyed) == 1 else major if major and majors.count(major) == 1 else minor or major or "main"
+        named[name if name not in named else f"{major}_{minor}"] = ps
     return named
 
 
-def build_stack(name, blocks, modules, leaves):
-    paths = [b.path for b in blocks]
-    lca = common([p + ".x" for p in paths]) if len(paths) > 1 else up(paths[0])
-    while isinstance(modules.get(lca), (nn.ModuleList, nn.Sequential)) and lca:
-        lca = up(lca)
-    home = lca
-    while True:
-        names = set(inspect.signature(inspect.unwrap(type(modules[home]).forward)).parameters)
-        if names & INPUTS or not home:
-            break
+def make_stack(name, blocks, modules):
+    home = common([b.path + ".x" for b in blocks]) if len(blocks) > 1 else up(blocks[0].path)
+    while home and isinstance(modules.get(home), LISTS):
         home = up(home)
-    home = home if names & INPUTS else lca
-    module, first = modules[home], blocks[0].module
-    config = getattr(module, "config", None)
-    stack = Stack(name, module, home, blocks=tuple(b.module for b in blocks), dim=blocks[-1].width)
-    stack.cross = any(a[0].startswith("cross") for b in blocks for a in b.attends)
-    stack.causal = is_causal(module, blocks, modules, config)
-    mine = [m for p, m in modules.items() if under(p, home)]
-    stack.rope = any(re.search(r"rotary|rope", type(m).__name__, re.I) for m in mine) or bool(
-        getattr(config, "rope_theta", None) or getattr(config, "rope_parameters", None))
-    stack.insert = why_not_insert(blocks, mine)
-    return stack
+    path = home
+    while path and not INPUTS & (names := set(inspect.signature(inspect.unwrap(type(modules[path]).forward)).parameters)):
+        path = up(path)
+    if not path and not INPUTS & set(inspect.signature(inspect.unwrap(type(modules[""]).forward)).parameters):
+        path = home
+    module, inside = modules[path], [m for p, m in modules.items() if under(p, path)]
+    return Stack(name, module, path, blocks=tuple(b.module for b in blocks), dim=blocks[-1].width,
+                 cross=any(a[0].startswith("cross") for b in blocks for a in b.attends), causal=is_causal(module, blocks, modules),
+                 rope=any(re.search("rotary|rope", type(m).__name__, re.I) for m in inside), insert=why_not_insert(blocks, inside))
 
 
-def is_causal(module, blocks, modules, config):
-    for thing in [module, blocks[0].module] + [modules[c] for _, c, _ in blocks[0].attends[:1]]:
-        for flag in ("is_decoder", "causal", "is_causal"):
-            value = getattr(thing, flag, None)
-            if isinstance(value, bool) and (value or flag != "is_causal"):
-                return value
-    if any(g.startswith("ssm") for b in blocks for g in b.taken) or any("r" in r["role"].split(".") for b in blocks for v in b.roles.values() for r in v):
+def is_causal(module, blocks, modules):
+    first = [modules[a[1]] for a in blocks[0].attends[:1]]
+    if any(getattr(m, f, None) is True for m in [module, blocks[0].module, *first] for f in ("is_decoder", "is_causal", "causal")):
         return True
-    used = call_order(type(module)).keys() | set(inspect.unwrap(type(module).forward).__code__.co_names)
-    return any("causal_mask" in n for n in used)
+    if any(b.names & {"ssm"} or any(c["role"] == "attn.r" for _, c in b.claims) for b in blocks):
+        return True
+    used = inspect.unwrap(type(module).forward).__code__.co_names
+    told = [inspect.unwrap(type(m).forward).__code__.co_consts for m in first if not hasattr(m, "is_causal")]
+    return any("causal_mask" in n for n in used) and not any("bidirectional" in n for n in used) or any(
+        isinstance(c, tuple) and "is_causal" in c and True in consts for consts in told for c in consts)
 
 
-def why_not_insert(blocks, mine):
-    if not any(b.attends or "ssm" in b.taken for b in blocks):
-        return "its blocks are convolutions over a map" if not any("mix" in b.taken for b in blocks) else \
-            "its token-mixing MLPs have a fixed number of tokens"
+def why_not_insert(blocks, inside):
+    names = {n for b in blocks for n in b.names}
+    if "mix" in names:
+        return "its token-mixing MLPs hold a fixed number of tokens"
+    if not any(b.attends for b in blocks) and "ssm" not in names:
+        return "its blocks work on a map, not on a sequence of tokens"
     if any("conv" in b.part.values() and not b.attends for b in blocks):
-        return "its tokens are folded to a map and back between blocks"
-    if any(isinstance(getattr(m, "window_size", None), (int, tuple)) and getattr(m, "window_size") for m in mine if hasattr(m, "window_size")
-           and re.search(r"Swin|Window|Sam", type(m).__name__)):
+        return "its tokens are folded to a map between blocks"
+    if any(hasattr(m, "window_size") and re.search("Swin|Window|Sam", type(m).__name__) for m in inside):
         return "its attention works in windows of the patch grid"
-    if any(re.search(r"SegformerEfficient|Pvt|spatial_reduction", type(m).__name__) for m in mine):
-        return "its tokens are folded to a map inside the attention"
-    return ""
+    return "its tokens are folded to a map inside the attention" if any(hasattr(m, "sr_ratio") for m in inside) else ""
+
+
+# ---- before and after the blocks ---------------------------------------------------------------------------------------
+def embed_role(x, param, before):
+    name = (x.path if param == "weight" else param).lower()
+    if x.kind == "embedding" or param != "weight" and x.own[param].dim():
+        table = {"position": "pos|wpe", "type": "type|segment", "register": "reg(ister)?_token", "dist": "dist\\w*_token", "cls": SPECIAL, "mask": "mask"}
+        found = next((r for r, p in table.items() if re.search(p, name.rpartition(".")[2] if r != "position" else ".".join(name.split(".")[-2:]))), "")
+        return f"embed.{found}" if found else "embed.token" if x.kind == "embedding" else ""
+    if not before or param != "weight":
+        return ""
+    if x.kind == "conv":
+        patch = x.module.kernel_size == x.module.stride and x.module.kernel_size[0] > 1 or "patch" in name
+        return "embed.patch" if patch else "embed.conv"
+    return "embed.norm" if x.kind == "norm" else "embed.proj" if x.matrix and re.search("emb|proj|patch", name) else ""
+
+
+class Outside:
+    """Roles of what no block holds; also tells the stacks where their stream begins and ends."""
+
+    def __init__(self, leaves, stacks, modules, place):
+        self.roles, used, heads = {}, defaultdict(set), []
+        self.leaves, self.modules, self.place = leaves, modules, place
+        for x in leaves:
+            mine = [s for s in stacks if under(x.path, s.path)]
+            s = max(mine, key=lambda s: len(s.path)) if mine else stacks[0] if len(stacks) == 1 else None
+            before = s is not None and place[x.path] < s.start
+            for param in x.params:
+                role = ""
+                if not before and x.kind != "embedding" and HEAD.search(x.path):
+                    heads.append((x, param))
+                elif x.matrix and re.search("pooler", x.path):
+                    role = "pool"
+                elif before or s is None:
+                    role = embed_role(x, param, before)
+                elif x.kind == "norm" and "final.norm" not in used[s.name] and "pool" not in x.path:
+                    role = "final.norm"
+                    s.final_module = None if POOLED.search(type(s.module).__name__) else x.module
+                tower = s.name if s is not None and role else ""
+                if role and (role == "embed.conv" or role in used[tower]):
+                    role = next(r for n in range(99) if (r := f"{role}.{n}") not in used[tower])
+                used[tower].add(role)
+                self.roles[x.path, param] = role, tower, s
+        final = [x for x, p in heads if x.matrix and p == "weight"] or [x for x in leaves[-1:] if x.matrix and "proj" not in x.name and all(
+            place[x.path] > s.start for s in stacks)]
+        for x, p in heads:
+            self.roles[x.path, p] = "", "", None
+        if final:                                                   # the last layer of all is the one that answers
+            self.roles[final[-1].path, "weight"] = "head", "", stacks[0] if len(stacks) == 1 else None
+        for s in stacks:
+            self.begin(s)
+
+    def begin(self, s):
+        def role(x):
+            return next((r for k in x.own if (r := self.roles.get((x.path, k), ("",))[0]).startswith("embed.")), "")
+        first = next(p for p, m in self.modules.items() if m is s.blocks[0])
+        holders = [p for p in self.modules if under(first, p) and p != first and under(p, s.path)]
+        mine = [x for x in self.leaves if under(x.path, s.path) and self.place[x.path] < s.start and role(x)]
+        tokens = [x for x in mine if role(x) == "embed.token"]
+        tops = []                                                   # the children of what holds the blocks that hold an embedding
+        for x in mine:
+            holder = max((h for h in holders if under(x.path, h) and x.path != h), key=len, default=None)
+            if holder is not None:
+                tops.append(".".join(x.path.split(".")[:len(holder.split(".")) * bool(holder) + 1]))
+        tops = [t for t in tops if re.search("embed|stem|patch|feature_proj", t.rpartition(".")[2])]
+        if hasattr(s.module, "norm_pre") and hasattr(s.module, "patch_embed"):                  # timm: CLS and positions are in
+            s.embed_module = s.module.norm_pre
+        elif tokens and up(tokens[0].path) in holders:
+            s.embed, s.embed_module = "ids", tokens[0].module
+        else:
+            s.embed_module = self.modules[tops[0]] if tops else None
+        special = [p for x in self.leaves if x in mine or x.path == s.path for k, p in x.own.items() if SPECIAL.fullmatch(k)]
+        known = getattr(s.module, "num_prefix_tokens", None)
+        sentence = tokens and s.embed == "out" and not s.causal and not s.cross and s.name != "encoder"         # BERT's CLS
+        s.fixed = known if isinstance(known, int) else sum(p.shape[-2] if p.dim() > 1 else 1 for p in special) or int(bool(sentence))
 
 
 # ---- the scan ----------------------------------------------------------------------------------------------------------
 def scan(model):
     """(sites, model, stacks)."""
-    modules = walk(model)
+    modules, ends = walk(model)
+    place = {p: i for i, p in enumerate(modules)}
     leaves = [Leaf(p, m) for p, m in modules.items() if any(v is not None for v in m._parameters.values())]
-    attentions = {p: r for p, m in modules.items() if (r := attention_roles(m))}
-    mixers = [p for p, m in modules.items() if hasattr(m, "_parameters") and ("A_log" in m._parameters or {"x_proj", "dt_proj"} <= m._modules.keys())]
-    config = getattr(model, "config", None)
-    found, position = [], {p: i for i, p in enumerate(modules)}
-    stacks, blocks_of = [], {}
-    for name, paths in towers(find_blocks(modules, leaves, attentions, mixers)).items():
-        if not paths:
-            continue
-        made = []
-        for i, p in enumerate(paths):
-            near = p
-            while near and not hasattr(modules[near], "config"):
-                near = up(near)
-            made.append(Block(p, i, leaves, modules, attentions, mixers, getattr(modules[near], "config", config)))
-        stack = build_stack(name, made, modules, leaves)
+    attentions = {p: kids for p, m in modules.items() if (kids := attention_kids(m))}
+    mixers = [p for p, m in modules.items() if is_mixer(m) and p not in attentions]
+    cores = dict.fromkeys([*attentions, *mixers])
+    paths = find_blocks(modules, leaves, cores)
+    home = {x.path: within(x.path, set(paths)) for x in leaves}
+    of = defaultdict(lambda: ([], {}, []))                          # block path -> its leaves, attentions, mixers
+    for x in leaves:
+        of[home[x.path]][0].append(x)
+    for core in cores:
+        at = of[within(core, set(paths))]
+        at[1].update({core: attentions[core]}) if core in attentions else at[2].append(core)
+    found, stacks = [], []                                          # found: ((place, rank), site)
+    for name, group in towers(paths).items() if paths else ():
+        blocks = []
+        for i, p in enumerate(group):
+            config = next((c for a in chain(p) if (c := getattr(modules[a], "config", None)) is not None), None)
+            blocks.append(Block(p, i, *of[p], modules, config))
+        stack = make_stack(name, blocks, modules)
+        stack.start = place[group[0]]
         stacks.append(stack)
-        blocks_of[id(stack)] = made
-    inside = {x.path for bs in blocks_of.values() for b in bs for x in b.leaves}
-    outside = outer_roles(model, modules, leaves, inside, stacks, blocks_of, position)
-    # assemble
-    for stack in stacks:
-        stack_sites(stack, blocks_of[id(stack)], found, position, modules)
-    for (path, param), (role, tower, stack) in outside.items():
-        leaf = next(x for x in leaves if x.path == path)
-        found.append((position[path], weight_site(leaf, param, role, f"{tower}.{role}" if tower and role else role, tower, stack)))
-    found.sort(key=lambda f: f[0])
-    found = [s for _, s in found]
-    return tie(found), model, tuple(stacks)
+        for b in blocks:
+            block_sites(b, stack, found, place, ends)
+    outside = Outside(of[None][0], stacks, modules, place)
+    for x in outside.leaves:
+        for param in x.params:
+            role, tower, stack = outside.roles[x.path, param]
+            found.append(((place[x.path], 0), weight(x, role, f"{tower}.{role}" if tower and role else role, param, tower=tower, stack=stack)))
+    paths = {id(m): p for p, m in modules.items()}
+    for s in stacks:
+        at, dot = place[paths[id(s.blocks[0])]], s.name + "." if s.name else ""
+        last = s.final_module if s.final_module is not None else s.blocks[-1]
+        if s.embed_module is None:
+            s.embed, s.embed_module = "in", s.blocks[0]
+        for name, m, layout, key in (("embed", s.embed_module, "in" if s.embed == "in" else "out", (at, -2)),
+                                     ("final", last, "out", (max(ends[paths[id(last)]], ends[paths[id(s.blocks[-1])]]), 9))):
+            found.append((key, Site(dot + name, "stream", m, paths[id(m)], name, s.name, layout, d_in=s.dim, d_out=s.dim, stack=s)))
+    return named([s for _, s in sorted(found, key=lambda f: f[0])]), model, tuple(stacks)
 
 
-def weight_site(leaf, param, role, name, tower, stack, block=None, tail=None, layout=None, bias=None, owner=None, **more):
-    p = leaf.own[param]
-    layout = layout or (leaf.kind if param == "weight" else "raw")
-    turned = more.pop("turned", layout in ("conv1d", "embedding"))
-    bias = leaf.bias if bias is None and param == "weight" else bias or ""
-    whole = p if more.get("index") is None else p[more["index"]]
-    shape = (whole.shape[0] if p.dim() else 1, whole[0].numel() if p.dim() else 1)
+def weight(x, role, name, param="weight", bias=None, reader=None, layout=None, turned=None, after=None, modules=None, **more):
+    p = x.own[param]
+    layout = layout or (x.kind if param == "weight" else "raw")
+    turned = layout in ("conv1d", "embedding") if turned is None else turned
+    bias = x.bias if bias is None and param == "weight" else bias or ""
+    one = p if more.get("index") is None else p[more["index"]]
+    shape = (one.shape[0] if one.dim() else 1, one[0].numel() if one.dim() else 1)
     d_out, d_in = shape[::-1] if turned else shape
-    rows = more.get("rows")
+    rows, module, path = more.get("rows"), x.module, x.path
     if rows is not None:
         d_out = rows[1] - rows[0] if isinstance(rows, tuple) else len(rows)
-    path, module = leaf.path, leaf.module
-    if owner is not None:                               # the layer's own forward is never called
-        inner = path[len(owner) + 1:]
-        param, bias, path = f"{inner}.{param}", f"{inner}.{bias}" if bias else "", owner
-        module = more.pop("owner_module")
-    return Site(name or (f"{path}.{param}" if path else param), "weight", module, path, role, tower, layout, param, bias, d_in, d_out,
-                turned=turned, block=block, stack=stack, **more)
+    if reader is not None:                                          # another module's forward reads this parameter itself
+        inner = path[len(reader) + 1:] if reader else path
+        param, bias, path, module, layout = f"{inner}.{param}", f"{inner}.{bias}" if bias else "", reader, modules[reader], "raw"
+    return Site(name or (f"{path}.{param}" if path else param), "weight", module, path, role, layout=layout, param=param, bias=bias,
+                d_in=d_in, d_out=d_out, turned=turned, **more)
 
 
-def stack_sites(stack, blocks, found, position, modules):
-    prefix = stack.name + "." if stack.name else ""
-    for b in blocks:
-        mates, at = {}, f"{prefix}block.{b.number}"
+def block_sites(b, stack, found, place, ends):
+    mates, at = {}, f"{stack.name}.block.{b.number}" if stack.name else f"block.{b.number}"
 
-        def stream(name, path, layout, d, mid=None, order=0.0, kind="stream", heads=None, b=b, at=at, mates=mates):
-            site = Site(f"{at}.{name}", kind, modules[path], path, name, stack.name, layout, d_in=d, d_out=d, block=b.number,
-                        stack=stack, mid=mid, mates=mates, heads=heads)
-            mates[name] = site
-            found.append((position[path] + order, site))
-        stream("in", b.path, "in", b.width)
-        for x in b.leaves:
-            for param in x.own:
-                if param == "bias" and x.bias:
-                    continue
-                if any(param == r["bias"] for k, v in b.roles.items() if k[0] == x.path for r in v):
-                    continue
-                for spec in b.roles.get((x.path, param), [dict(role="", tail="", bias=None)]):
-                    spec = dict(spec)
-                    tail = spec.pop("tail")
-                    if spec.get("owner") is not None:
-                        spec["owner_module"] = modules[spec["owner"]]
-                    role = spec.pop("role")
-                    site = weight_site(x, param, role, f"{at}.{tail}" if tail else "", stack.name, stack, b.number, mates=mates, **spec)
-                    mates[tail or site.name] = site
-                    found.append((position[x.path] + 0.2, site))
-        for group, path, heads in b.attends:
-            stream(group, path, "", b.width, kind="attend", heads=heads, order=0.1)
-        for name, path, layout, mid in b.streams:
-            d = b.width
-            last = max(position[x.path] for x in b.leaves if under(x.path, path))
-            found_at = position[path] + 0.1 if layout in ("in", "mid") else last + 0.5
-            stream(name, path, layout, d, mid, found_at - position[path])
-        stream("out", b.path, "out", b.width, order=max(position[x.path] for x in b.leaves) + 0.9 - position[b.path])
-    end = max(position[x.path] for x in blocks[-1].leaves)
-    if stack.embed_module is None:
-        stack.embed, e_path, layout = "in", blocks[0].path, "in"
-        stack.embed_module = blocks[0].module
-    else:
-        e_path, layout = next(p for p, m in modules.items() if m is stack.embed_module), "out"
-    first = blocks[0].width
-    found.append((position[blocks[0].path] - 0.5, Site(prefix + "embed", "stream", stack.embed_module, e_path, "embed", stack.name, layout,
-                                                       d_in=first, d_out=first, stack=stack)))
-    final = stack.final_module or blocks[-1].module
-    f_path = next(p for p, m in modules.items() if m is final)
-    found.append((max(end, position[f_path]) + 0.95, Site(prefix + "final", "stream", final, f_path, "final", stack.name, "out", d_in=stack.dim,
-                                                          d_out=stack.dim, stack=stack)))
+    def put(key, tail, site):
+        mates[tail] = site
+        found.append((key, site))
+
+    def stream(tail, path, layout, key, mid=None, kind="stream", heads=None):
+        put(key, tail, Site(f"{at}.{tail}", kind, b.modules[path], path, tail, stack.name, layout, d_in=b.width, d_out=b.width, block=b.number,
+                            heads=heads, stack=stack, mid=mid, mates=mates))
+    where = dict(tower=stack.name, stack=stack, block=b.number, mates=mates)
+    stream("in", b.path, "in", (place[b.path], -1))
+    claimed = defaultdict(set)
+    for rank, (x, c) in enumerate(b.claims):
+        c = dict(c)
+        tail, after = c.pop("name"), c.pop("after", None) or x
+        claimed[x.path] |= {c.get("param", "weight"), x.bias if c.get("bias") is None else c["bias"]}
+        put((place[after.path], rank / 1e6), tail, weight(x, c.pop("role"), f"{at}.{tail}", modules=b.modules, **where, **c))
+    for p, x in b.leaves.items():
+        for param in [k for k in x.params if k not in claimed[p]]:
+            site = weight(x, "", "", param, **where)
+            put((place[p], 1), site.name, site)
+    for group, path, heads in b.attends:
+        stream(group, path, "", (place[path], -1), kind="attend", heads=heads)
+    for tail, path, layout, mid in b.streams:
+        stream(tail, path, layout, (ends[path], 5) if layout == "out" else (place[path], -1), mid)
+    stream("out", b.path, "out", (ends[b.path], 8))
 
 
-def outer_roles(model, modules, leaves, inside, stacks, blocks_of, position):
-    """{(leaf path, param): (role, tower, stack)} of everything outside the blocks; sets the stacks' ends."""
-    out, used = {}, defaultdict(set)
-    spans = {}
-    for s in stacks:
-        bs = blocks_of[id(s)]
-        spans[id(s)] = position[bs[0].path], max(position[x.path] for b in bs for x in b.leaves)
-    heads = []
-    free = [x for x in leaves if x.path not in inside]
-    for x in free:
-        mine = [s for s in stacks if under(x.path, s.path)]
-        stack = max(mine, key=lambda s: len(s.path)) if mine else None
-        if stack is None and len(stacks) == 1:
-            stack = stacks[0]
-        before = stack is not None and position[x.path] < spans[id(stack)][0]
-        tower = stack.name if stack else ""
-        parts = words(x.path)
-        for param in x.own:
-            if param == "bias" and x.bias:
-                continue
-            role = ""
-            if not before and x.kind != "embedding" and any(HEAD.match(p) for p in x.path.split(".")):
-                heads.append((x, param))
-            elif any(re.search("pooler", p) for p in parts) and x.matrix:
-                role = "pool"
-            elif before or stack is None:
-                role = embed_role(x, param, parts, before)
-            elif x.kind == "norm" and stack is not None and stack.final_module is None:
-                role = "final.norm"
-                if not re.search(POOLED_NORM, type(stack.module).__name__) and not any(re.search("pool", p) for p in parts):
-                    stack.final_module = x.module
-            if role in ("embed.conv", ) or role in used[tower]:
-                n = 0
-                while f"{role}.{n}" in used[tower]:
-                    n += 1
-                role = f"{role}.{n}" if role else ""
-            if role:
-                used[tower].add(role)
-            out[x.path, param] = (role, tower if role else tower, stack if mine or len(stacks) == 1 else None)
-    linear = [(x, p) for x, p in heads if x.matrix and p == "weight"]
-    if not linear:                                      # structure: the last layer of all, past every block
-        tail = [x for x in leaves if x.matrix]
-        if tail and tail[-1].path not in inside and "proj" not in tail[-1].name and not any(
-                position[tail[-1].path] < spans[id(s)][1] for s in stacks):
-            linear = [(tail[-1], "weight")]
-    root = linear[-1][0] if linear else None
-    for x, p in heads:
-        out[x.path, p] = ("", "", None)
-    if root is not None:
-        out[root.path, "weight"] = ("head", "", stacks[0] if len(stacks) == 1 else None)
-    for s in stacks:
-        find_embed(s, blocks_of[id(s)], modules, leaves, out, position, spans[id(s)][0])
-    return out
-
-
-def embed_role(x, param, parts, before):
-    name = (param if param != "weight" else ".".join(parts[-2:])).lower()
-    if x.kind == "embedding" or (param != "weight" and x.own[param].dim() >= 1):
-        if "pos" in name or "wpe" in name:
-            return "embed.position"
-        if re.search("type|segment", name):
-            return "embed.type"
-        if re.search(SPECIAL, name):
-            return "embed.register" if "reg" in name else "embed.dist" if "dist" in name else "embed.cls"
-        if "mask" in name:
-            return "embed.mask"
-        return "embed.token" if x.kind == "embedding" else ""
-    if param != "weight" or not before:
-        return ""
-    if x.kind == "conv":
-        k, s = x.module.kernel_size, x.module.stride
-        return "embed.patch" if k == s and k[0] > 1 or re.search("patch", x.path) else "embed.conv"
-    return "embed.norm" if x.kind == "norm" else "embed.proj" if x.kind in ("linear", "conv1d") and re.search("emb|proj", x.path) else ""
-
-
-def find_embed(stack, blocks, modules, leaves, out, position, start):
-    """Where the stack's stream begins, and how many of its first tokens are special."""
-    first = blocks[0].path
-    holders = [p for p in modules if under(first, p) and p != first and under(p, stack.path)]
-    mine = [x for x in leaves if under(x.path, stack.path) and (out.get((x.path, "weight")) or ("",))[0].startswith("embed.")
-            or under(x.path, stack.path) and any((out.get((x.path, k)) or ("",))[0].startswith("embed.") for k in x.own)]
-    mine = [x for x in mine if position[x.path] < start]
-    tokens = [x for x in mine if x.kind == "embedding" and out[x.path, "weight"][0] == "embed.token"]
-    if hasattr(stack.module, "norm_pre") and hasattr(stack.module, "patch_embed"):       # timm: after CLS and positions
-        stack.embed_module = stack.module.norm_pre
-    elif tokens and up(tokens[0].path) in holders:
-        stack.embed, stack.embed_module = "ids", tokens[0].module
-    else:
-        roots = [p for x in mine for p in [x.path] for h in holders if under(p, h)]
-        tops = []
-        for x in mine:
-            h = max((h for h in holders if under(x.path, h)), key=len, default=None)
-            if h is not None and x.path != h:
-                rest = x.path[len(h) + 1:] if h else x.path
-                tops.append((h + "." if h else "") + rest.split(".")[0])
-        tops = [t for t in dict.fromkeys(tops) if re.search(r"embed|stem|patch|feature_proj|embeddings", t.rpartition(".")[2]) and t in modules]
-        if tops and roots:
-            stack.embed_module = modules[tops[0]]
-    if isinstance(n := getattr(stack.module, "num_prefix_tokens", None), int):
-        stack.fixed = n
-    else:
-        special = [p for x in mine + [y for y in leaves if y.path == stack.path] for k, p in x.own.items() if re.fullmatch(SPECIAL, k)]
-        stack.fixed = sum(p.shape[-2] if p.dim() > 1 else 1 for p in special)
-        if not special and tokens and not stack.causal and stack.name != "encoder" and not stack.cross and stack.embed == "out":
-            stack.fixed = 1
-
-
-def tie(found):
-    """Name on every site of a shared parameter the other sites of it; a name used twice falls back to the parameter's path."""
-    holders = defaultdict(list)
-    names = set()
-    out = []
-    from dataclasses import replace
-    for s in found:
+def named(found):
+    """Every name once (a second claim to one falls back to the parameter's path), and the other holders of a tied parameter."""
+    names, holders = set(), defaultdict(list)
+    for i, s in enumerate(found):
         if s.name in names:
-            s = replace(s, name=f"{s.path}.{s.param}" if s.param else f"{s.path}.{s.role}", role="" if s.param else s.role)
+            found[i] = s = replace(s, name=f"{s.path}.{s.param or s.role}", role="" if s.param else s.role)
         names.add(s.name)
-        out.append(s)
         if s.param:
-            holders[id(s.parameter)].append(s)
-    twins = {k: v for k, v in holders.items() if len({(s.path, s.param) for s in v}) > 1}
-    for i, s in enumerate(out):
-        if s.param and (k := id(s.parameter)) in twins:
-            out[i] = replace(s, tied=tuple(o.name for o in twins[k] if (o.path, o.param) != (s.path, s.param)))
-    return out
+            holders[id(s.parameter)].append((s.path, s.param, s.name))
+    for i, s in enumerate(found):
+        same = holders[id(s.parameter)] if s.param else ()
+        if len({h[:2] for h in same}) > 1:
+            found[i] = replace(s, tied=tuple(n for path, param, n in same if (path, param) != (s.path, s.param)))
+    return found

@@ -179,9 +179,10 @@ def _put(P, rows, new):
 
 
 def _get(module, name):
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
+    *path, last = name.split(".")
+    for part in path:
+        module = module._modules[part]
+    return module._parameters[last]
 
 
 class Sites(list):
