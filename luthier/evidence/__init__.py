@@ -100,7 +100,7 @@ def beats(figures, a, b, what="", by=0.0):
 
     mean, low, high = paired(figures["per_seed"][a], figures["per_seed"][b])
     what = what or f"{a} beats {b}"
-    return low > by, f"{what}: difference {mean:+.4g} (95% {low:+.4g} to {high:+.4g}), interval needed above {by:g}"
+    return low > by, f"{what}: difference {_words(mean, low, high)}, interval needed above {by:g}"
 
 
 def not_below(figures, a, b, margin=0.0, what=""):
@@ -109,7 +109,12 @@ def not_below(figures, a, b, margin=0.0, what=""):
 
     mean, low, high = paired(figures["per_seed"][a], figures["per_seed"][b])
     what = what or f"{a} no worse than {b}"
-    return mean >= -margin, f"{what}: difference {mean:+.4g} (95% {low:+.4g} to {high:+.4g}), mean needed at {-margin:g} or more"
+    return mean >= -margin - 1e-9, f"{what}: difference {_words(mean, low, high)}, mean needed at {-margin:g} or more"
+
+
+def _words(mean, low, high):
+    mean, low, high = (round(v, 6) + 0.0 for v in (mean, low, high))
+    return f"{mean:+.4g} (95% {low:+.4g} to {high:+.4g})"
 
 
 def fact(met, sentence):
