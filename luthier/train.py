@@ -37,7 +37,7 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
     precision "no", "bf16" or "fp16": mixed precision of the forward pass
     """
     _check(lr=lr, batch_size=batch_size, warmup=warmup, clip=clip, every=every or 1, schedule=schedule)
-    per_epoch = math.ceil(task.size("train") / batch_size)
+    per_epoch = task.n_batches("train", batch_size)
     total = _total(epochs, steps, per_epoch)
     if resume and out is None:
         raise BadState("There is nothing to resume from: name the folder of the earlier run with out=.")
@@ -138,11 +138,11 @@ class _Run:
         size, seed = self.options["batch_size"], self.options["seed"]
         while self.k < self.total:
             epoch, skip = divmod(self.k, self.per_epoch)
-            batches = self.task.batches("train", size, seed=seed, epoch=epoch)
-            for batch in itertools.islice(batches, skip, skip + self.total - self.k):
+            batches = self.task.batches("train", size, seed=seed, epoch=epoch, start=skip)
+            for batch in itertools.islice(batches, self.total - self.k):
                 yield {key: self._mine(v) if torch.is_tensor(v) else v for key, v in batch.items()}
             if self.k // self.per_epoch == epoch and self.k < self.total:
-                raise RuntimeError(f"{type(self.task).__name__} gave fewer batches than size('train') / {size} in epoch {epoch}")
+                raise RuntimeError(f"{type(self.task).__name__} gave fewer than n_batches('train', {size}) in epoch {epoch}")
 
     def _mine(self, v):
         n, i = self.accelerator.num_processes, self.accelerator.process_index

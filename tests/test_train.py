@@ -29,12 +29,12 @@ class ToyTask:
         self.x, self.calls, self.poison, self.on_loss = torch.randn(rows, 6, generator=g), 0, poison, on_loss
         self.y = self.x @ torch.randn(6, 2, generator=g)
 
-    def size(self, split):
-        return len(self.x)
+    def n_batches(self, split, size):
+        return -(-len(self.x) // size)
 
-    def batches(self, split, size, seed=0, epoch=0, shuffle=None):
+    def batches(self, split, size, seed=0, epoch=0, shuffle=None, start=0):
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for at in order.split(size):
+        for at in order.split(size)[start:]:
             yield {"x": self.x[at], "y": self.y[at]}
 
     def loss(self, model, batch):
@@ -220,7 +220,7 @@ def test_full_disk_stops_with_the_last_good_state(tmp_path, monkeypatch):
     tuned = ToyTuned()
     with pytest.raises(RunStopped, match="disk is full at step 5 of 15.*after 2 steps.*more free space"):
         train(tuned, ToyTask(), epochs=3, batch_size=8, out=tmp_path, every=2, log=False)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000000.safetensors", "step-00000002.safetensors"]
+    assert sorted(p.stem for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000000", "step-00000002"]
     monkeypatch.undo()
     assert train(ToyTuned(), ToyTask(), epochs=3, batch_size=8, out=tmp_path, resume=True, log=False)["resumed"] == 2
 
@@ -267,9 +267,12 @@ def test_old_runs_are_not_overwritten_or_mixed(tmp_path):
         train(ToyTuned(), ToyTask(), steps=2, batch_size=8, out=tmp_path, resume=True, log=False)
 
 
-@pytest.mark.parametrize("bad", [dict(lr=0), dict(lr=float("nan")), dict(lr=-1), dict(batch_size=0), dict(epochs=0), dict(epochs=-1),
-                                 dict(steps=-3), dict(epochs=float("inf")), dict(clip=0), dict(warmup=2), dict(schedule="cosine"),
-                                 dict(precision="int3"), dict(log="wandb"), dict(every=-1), dict(lr="fast"), dict(resume=True)])
+BAD = [dict(lr=0), dict(lr=float("nan")), dict(lr=-1), dict(lr="fast"), dict(batch_size=0), dict(epochs=0), dict(epochs=-1), dict(steps=-3),
+       dict(epochs=float("inf")), dict(clip=0), dict(warmup=2), dict(schedule="cosine"), dict(precision="int3"), dict(log="wandb"),
+       dict(every=-1), dict(resume=True)]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_bad_options_are_refused(bad):
     before = ToyTuned()
     with pytest.raises(LuthierError):
