@@ -1,8 +1,8 @@
 """A thin transformer beside a frozen one.  s_0 = D_0 h_0,  s_i = Block_i(μ_i D_i h_i + (1 - μ_i) s_{i-1}),  h' = h_L + U LN(s_L)
 Sung et al., Ladder Side-Tuning, 2022. arXiv:2206.06522 §3.2-3.4. h_i: what frozen block i puts out, detached: the backbone gets
-no gradient and saves no activation. μ_i = sigmoid(α_i / 0.1), α_i = 0. Block_i: pre-norm attention and MLP without biases, of width
-w = D / reduce, heads of width Dh / reduce, m / reduce neurons. `every=2` drops every second rung, keeping the last. `residual=False`: the head
-sees U LN(s_L) alone, as in the paper, with U ~ N(0, 1/w) in place of 0.
+no gradient and saves no activation. μ_i = sigmoid(α_i / 0.1), α_i = 0. Block_i: pre-norm attention and MLP without biases, width
+w = D / reduce, heads of width Dh / reduce, m / reduce neurons. `every=2` drops every second rung, keeping the last.
+`residual=False`: the head sees U LN(s_L) alone, as in the paper, with U ~ N(0, 1/w) in place of 0.
 
 `pruned=True`: Block_i starts as frozen block i cut down to the residual dimensions, the places in each head and the neurons with
 the largest product of weight norms over the matrices they run through; D_i as the choice of those dimensions (random there).
