@@ -51,36 +51,33 @@ RECURRENT = ({"x_proj", "dt_proj"}, {"rg_lru"}, {"conv1d", "in_proj", "out_proj"
 # ---- 1. the walk -------------------------------------------------------------------------------------------------------
 @lru_cache(None)
 def call_order(cls):
-    """{name: rank} of the attributes cls.forward uses, by when they are called: a(b(x)) calls b first; own methods inlined."""
-    rank, busy = {}, set()
+    """{name: rank} of the attributes cls.forward uses, by when they are first called: a(b(x)) calls b first. Own methods are read
+    in their place; what is never called, such as a list of blocks, counts where it is last looked at."""
+    events, busy = [], set()                                        # (name, called)
 
-    def enter(function):
-        code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is not None and code not in busy:
-            busy.add(code)
-            visit(code)
-
-    def visit(code):
+    def read(function):
+        code = getattr(inspect.unwrap(function), "__code__", function if inspect.iscode(function) else None)
+        if code is None or code in busy:
+            return
+        busy.add(code)
         ops, ends, used = list(dis.get_instructions(code)), defaultdict(list), []
+        at = {op.offset: op.positions and (op.positions.lineno, op.positions.col_offset) for op in ops}
         for op in ops:
-            at = op.positions and (op.positions.lineno, op.positions.col_offset)
             if op.opname.startswith("CALL"):
-                ends[at].append(op.offset)
-        for op in ops:
-            at = op.positions and (op.positions.lineno, op.positions.col_offset)
-            if inspect.iscode(op.argval):                           # a comprehension
-                used.append((op.offset, op.argval))
-            elif op.opname in ("LOAD_ATTR", "LOAD_METHOD"):         # called where the call that starts at the same place ends
-                used.append((min((e for e in ends[at] if e > op.offset), default=op.offset), op.argval))
-        for _, name in sorted(used, key=lambda u: u[0]):
-            if inspect.iscode(name):
-                visit(name)
-            elif inspect.isfunction(member := getattr(cls, name, None)):
-                enter(member)
+                ends[at[op.offset]].append(op.offset)
+        for op in ops:                                              # it is called where the call that starts at its place ends
+            call = min((e for e in ends[at[op.offset]] if e > op.offset), default=None)
+            if op.opname in ("LOAD_ATTR", "LOAD_METHOD") or inspect.iscode(op.argval):
+                used.append((op.offset if call is None else call, op.argval, call is not None))
+        for _, name, called in sorted(used, key=lambda u: u[0]):
+            own = name if inspect.iscode(name) else getattr(cls, name, None)
+            if inspect.iscode(own) or inspect.isfunction(own):      # a comprehension, a method
+                read(own)
             else:
-                rank.setdefault(name, len(rank))
-    enter(cls.forward)
-    return rank
+                events.append((name, called))
+    read(cls.forward)
+    names = [n for n, _ in events]
+    return {n: events.index((n, True)) if (n, True) in events else len(names) - 1 - names[::-1].index(n) for n in set(names)}
 
 
 def walk(model):
@@ -346,6 +343,8 @@ class Block:
         groups, no_wide = defaultdict(list), not any(x.wide for x in self.leaves.values())
         for p, x in self.free.items():
             rel = self.rel(p)
+            if any(under(p, core) and core != self.path for _, core, _ in self.attends):
+                continue
             if not x.matrix or x.kind == "conv" and (x.wide or not (no_wide or re.search(r"fc|pwconv|mlp|ffn", rel))):
                 continue
             parts, expert = rel.split("."), EXPERT.search(rel)
@@ -375,11 +374,13 @@ class Block:
                 rows = (i * half, i * half + half) if fused and r == "up" else None
                 self.claim(x, f"{group}.{at.replace(str(expert), '').replace('..', '.') if at else ''}{one}" if expert != "shared" else
                            f"{group}.shared.{one}", group, f"{group}.{at}{one}", rows=rows)
-        self.width = self.width or roles["down"].d_out
+        self.width = self.width or roles["down"].d_out * (group != "mix")
         if expert and "mlp" in self.names:
             return
-        self.names.add("mlp")
+        self.names |= {"mlp"} if expert else set()
         holder = common([x.path for x in roles.values()])
+        while holder and isinstance(self.modules[holder], nn.ModuleList):       # nobody calls a list
+            holder = up(holder)
         holder = holder if not expert else self.join(re.split(r"\.(?:experts|shared_?\w*)\.", self.rel(xs[0].path))[:1])
         self.ends(holder, group, roles)
 
@@ -570,7 +571,7 @@ def why_not_insert(blocks, inside):
 def embed_role(x, param, before):
     name = (x.path if param == "weight" else param).lower()
     if x.kind == "embedding" or param != "weight" and x.own[param].dim():
-        table = {"position": "pos|wpe", "type": "type|segment", "register": "reg(ister)?_token", "dist": "dist\\w*_token", "cls": SPECIAL, "mask": "mask"}
+        table = {"relative": "rel_|relative", "position": "pos|wpe", "type": "type|segment", "register": "reg(ister)?_token", "dist": "dist\\w*_token", "cls": SPECIAL, "mask": "mask"}
         found = next((r for r, p in table.items() if re.search(p, name.rpartition(".")[2] if r != "position" else ".".join(name.split(".")[-2:]))), "")
         return f"embed.{found}" if found else "embed.token" if x.kind == "embedding" else ""
     if not before or param != "weight":
@@ -578,7 +579,7 @@ def embed_role(x, param, before):
     if x.kind == "conv":
         patch = x.module.kernel_size == x.module.stride and x.module.kernel_size[0] > 1 or "patch" in name
         return "embed.patch" if patch else "embed.conv"
-    return "embed.norm" if x.kind == "norm" else "embed.proj" if x.matrix and re.search("emb|proj|patch", name) else ""
+    return "embed.norm" if x.kind == "norm" else "embed.proj" if x.matrix and re.search("emb|proj|patch", name) and "time" not in name else ""
 
 
 class Outside:
@@ -597,9 +598,9 @@ class Outside:
                     heads.append((x, param))
                 elif x.matrix and re.search("pooler", x.path):
                     role = "pool"
-                elif before or s is None:
+                elif before or s is None or x.kind == "embedding":
                     role = embed_role(x, param, before)
-                elif x.kind == "norm" and "final.norm" not in used[s.name] and "pool" not in x.path:
+                elif x.kind == "norm" and place[x.path] > s.end and not self.listed(x.path, s.path) and "final.norm" not in used[s.name] and "pool" not in x.path:
                     role = "final.norm"
                     s.final_module = None if POOLED.search(type(s.module).__name__) else x.module
                 tower = s.name if s is not None and role else ""
@@ -616,19 +617,24 @@ class Outside:
         for s in stacks:
             self.begin(s)
 
+    def listed(self, path, root):
+        """True for a part of some list within root: one of many, not the end of the tower."""
+        return any(isinstance(self.modules[a], LISTS) for a in chain(up(path)) if under(a, root))
+
     def begin(self, s):
         def role(x):
             return next((r for k in x.own if (r := self.roles.get((x.path, k), ("",))[0]).startswith("embed.")), "")
         first = next(p for p, m in self.modules.items() if m is s.blocks[0])
         holders = [p for p in self.modules if under(first, p) and p != first and under(p, s.path)]
-        mine = [x for x in self.leaves if under(x.path, s.path) and self.place[x.path] < s.start and role(x)]
+        mine = [x for x in self.leaves if under(x.path, s.path) and (x.kind == "embedding" or self.place[x.path] < s.start) and role(x)]
         tokens = [x for x in mine if role(x) == "embed.token"]
         tops = []                                                   # the children of what holds the blocks that hold an embedding
         for x in mine:
             holder = max((h for h in holders if under(x.path, h) and x.path != h), key=len, default=None)
             if holder is not None:
                 tops.append(".".join(x.path.split(".")[:len(holder.split(".")) * bool(holder) + 1]))
-        tops = [t for t in tops if re.search("embed|stem|patch|feature_proj", t.rpartition(".")[2])]
+        tops = [t for t in dict.fromkeys(tops) if re.search("embed|stem|patch|feature_proj", t.rpartition(".")[2]) and "time" not in t
+                and (self.modules[t]._modules or under(mine[-1].path, t))]
         if hasattr(s.module, "norm_pre") and hasattr(s.module, "patch_embed"):                  # timm: CLS and positions are in
             s.embed_module = s.module.norm_pre
         elif tokens and up(tokens[0].path) in holders:
@@ -665,7 +671,7 @@ def scan(model):
             config = next((c for a in chain(p) if (c := getattr(modules[a], "config", None)) is not None), None)
             blocks.append(Block(p, i, *of[p], modules, config))
         stack = make_stack(name, blocks, modules)
-        stack.start = place[group[0]]
+        stack.start, stack.end = place[group[0]], ends[group[-1]]
         stacks.append(stack)
         for b in blocks:
             block_sites(b, stack, found, place, ends)

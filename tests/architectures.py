@@ -161,7 +161,7 @@ add("vit", VIT, "ViTForImageClassification", **D, **IMG)
 add("deit", VIT + " embed.dist", "DeiTForImageClassificationWithTeacher", **D, **IMG)
 add("beit", VIT.replace("embed.position ", "").replace("final.norm ", ""), "BeitForImageClassification", **D, **IMG, use_mean_pooling=False)
 add("dinov2", VIT, "Dinov2ForImageClassification", **D, image_size=28, patch_size=14, mlp_ratio=2)
-add("dinov2-giant", VIT + " mlp.gate", "Dinov2Model", **D, image_size=28, patch_size=14, use_swiglu_ffn=True)
+add("dinov2-giant", VIT.replace(" head", "") + " mlp.gate", "Dinov2Model", **D, image_size=28, patch_size=14, use_swiglu_ffn=True)
 add("dinov2-reg", VIT + " embed.register", "Dinov2WithRegistersForImageClassification", **D, image_size=28, patch_size=14)
 add("dinov3", f"embed.patch embed.cls embed.register {ATTN} attn.norm mlp.up mlp.down mlp.norm final.norm", "DINOv3ViTModel", **D, **IMG)
 add("swin", f"embed.patch embed.norm {ATTN} attn.norm mlp.up mlp.down mlp.norm final.norm head", "SwinForImageClassification", image_size=32,
@@ -267,14 +267,12 @@ def timm(name, roles, model, **fields):
 
 timm("timm-vit", VIT, "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=4, num_classes=5)
 timm("timm-vit-reg", VIT + " embed.register", "vit_small_patch14_reg4_dinov2", img_size=28, embed_dim=32, depth=2, num_heads=4, num_classes=5)
-timm("timm-efficientnet", "embed.conv conv.0 conv.1 conv.2 se.0 se.1 head", "efficientnet_b0", channel_multiplier=0.1, depth_multiplier=0.1,
-     num_classes=5)
-timm("timm-mixer", "embed.patch mix.up mix.down mix.norm mlp.up mlp.down mlp.norm final.norm head", "mixer_s32_224", img_size=64, embed_dim=32,
-     num_blocks=2, num_classes=5)
+timm("timm-efficientnet", "embed.conv conv.0 conv.1 conv.2 se.0 se.1 head", "mobilenetv3_small_050", num_classes=5)
+timm("timm-mixer", "embed.patch mix.up mix.down mix.norm mlp.up mlp.down mlp.norm final.norm head", "mixer_s32_224", img_size=64, num_classes=5)
 timm("timm-mobilevit", f"embed.conv conv.0 {ATTN} attn.norm mlp.up mlp.down mlp.norm head", "mobilevit_xxs", num_classes=5)
 timm("timm-swin", f"embed.patch {ATTN} attn.norm mlp.up mlp.down mlp.norm final.norm head", "swin_tiny_patch4_window7_224", img_size=32, embed_dim=16,
      depths=(1, 1), num_heads=(2, 4), window_size=4, num_classes=5)
-timm("timm-convnext", "embed.conv conv.0 mlp.up mlp.down mlp.norm head", "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5)
+timm("timm-convnext", "embed.patch conv.0 mlp.up mlp.down mlp.norm head", "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5)
 timm("timm-resnet", "embed.conv conv.0 conv.1 conv.short head", "resnet10t", num_classes=5)
 timm("timm-beit", VIT.replace("embed.position ", "").replace("final.norm ", ""), "beit_base_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=4,
      num_classes=5)
