@@ -146,13 +146,13 @@ class Tuned(nn.Module):
         self.chain, self.notes, self.seed, self.k, self.total_steps = todo.chain, todo.notes, seed, 0, None
         self.stepped = self.forwards = 0
         self._plan, self._host, self._owner, self._merged, self._gone = todo, host, owner, [], False
-        self._frozen = [(p, p.requires_grad) for p in model.parameters()]
+        others = [p for o in host.owners for p in o.states.parameters()]
+        self._frozen = [(p, p.requires_grad) for p in dict.fromkeys([*model.parameters(), *others])]
+        owner.states = self.states
         host.owners.append(owner)
-        owner.tuned = self.__dict__                         # found by attached(); a dict, so that it is no submodule
         for p, _ in self._frozen:
             p.requires_grad_(False)
-        if hasattr(model, "forward"):
-            self.__signature__ = inspect.signature(model.forward)
+        self.forward = _Signed(self, inspect.signature(model.forward))
 
     # -- building ---------------------------------------------------------------------------------------------------
     def _build(self, data, loss, state):
@@ -228,7 +228,7 @@ class Tuned(nn.Module):
 
         def inputs(s):
             def hook(module, args):
-                x = _rows(s, args[0], state.get("mask"))
+                x = _rows(s, args[0], None if wants_g else state.get("mask"))
                 if wants_g:
                     state.setdefault("x", {})[s] = x
                     return
@@ -240,7 +240,7 @@ class Tuned(nn.Module):
 
         def gradients(s):
             def hook(module, gin, gout):
-                g = _rows(s, gout[0], state.get("mask"), out=True)
+                g = _rows(s, gout[0], out=True)
                 add(s, state["x"].pop(s), g if s.rows is None else g[:, slice(*s.rows) if isinstance(s.rows, tuple) else s.rows])
             return hook
 
@@ -480,6 +480,16 @@ class Tuned(nn.Module):
 
 def _frozen(tensor):
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+class _Signed:
+    """Tuned.forward under the signature of the model's own, which trainers read to choose the columns they pass."""
+
+    def __init__(self, tuned, signature):
+        self.tuned, self.__signature__ = tuned, signature
+
+    def __call__(self, *args, **kwargs):
+        return Tuned.forward(self.tuned, *args, **kwargs)
 
 
 class _Enough(Exception):

@@ -99,7 +99,7 @@ class Owner:
     """One attachment's switch."""
 
     def __init__(self, name):
-        self.name, self.active, self.context = name, True, {}
+        self.name, self.active, self.context, self.states = name, True, {}, None
 
 
 class Entry:

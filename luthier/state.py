@@ -17,9 +17,9 @@ class State(nn.Module):
                 self.register_parameter(name, v)
             elif isinstance(v, Fixed):
                 self.fixed_names.add(name)
-                self.register_buffer(name, v.value.detach(), persistent=False)
+                self.register_buffer(name, v.value.detach() if v.value.requires_grad else v.value, persistent=False)
             elif isinstance(v, torch.Tensor):
-                self.register_buffer(name, v.detach())
+                self.register_buffer(name, v.detach() if v.requires_grad else v)
             else:
                 setattr(self, name, v)
 
