@@ -149,6 +149,7 @@ class Tuned(nn.Module):
         others = [p for o in host.owners for p in o.states.parameters()]
         self._frozen = [(p, p.requires_grad) for p in dict.fromkeys([*model.parameters(), *others])]
         owner.states = self.states
+        owner.chain = todo.chain
         host.owners.append(owner)
         for p, _ in self._frozen:
             p.requires_grad_(False)
@@ -350,6 +351,14 @@ class Tuned(nn.Module):
         self._owner.context = value
 
     # -- training ---------------------------------------------------------------------------------------------------
+    def train(self, mode=True):
+        """Training mode, except that running statistics (batch norm) stand still: they are tensors of the base."""
+        super().train(mode)
+        for m in self.base.modules():
+            if m._buffers.get("running_mean") is not None:
+                m.training = False
+        return self
+
     def trainable(self):
         """(name, Parameter) of the states, each once."""
         return [(n, p) for n, p in self.states.named_parameters() if p.requires_grad]
@@ -448,6 +457,9 @@ class Tuned(nn.Module):
                 for p, flag in self._frozen:
                     p.requires_grad_(flag and id(p) not in {id(q) for q, _ in self._host.flags})
             self._gone = True
+            for m in self.base.modules() if not self._host.owners else ():
+                if m._buffers.get("running_mean") is not None:
+                    m.training = self.training
         return self.model
 
     def save(self, path, **extra):

@@ -564,7 +564,7 @@ class Mid(Port):
             return None
         group = self.merged.group
         y = out.gather(1, group.clamp(min=0)[..., None].expand(*group.shape, out.shape[-1]))
-        return y * (group >= 0)[..., None].to(y.dtype) if bool((group < 0).any()) else y
+        return y.masked_fill((group < 0)[..., None], 0)
 
     def shrink(self, module, args, out):
         t, self.merged = self.merged, None
