@@ -17,19 +17,23 @@ class dora(Method):
     alpha: float = 16.0                    # the update is scaled by alpha / rank
 
     def init(self, site):                  # trains rank * (d_in + d_out) + d_out
-        A, m = site.normal(self.rank, site.d_in, std=site.d_in**-0.5), site.zeros(site.d_out, 1)
-        m.data += site.W.norm(dim=1, keepdim=True)
-        return dict(A=A, B=site.zeros(site.d_out, self.rank), m=m)
+        A, B = site.normal(self.rank, site.d_in, std=site.d_in**-0.5), site.zeros(site.d_out, self.rank)
+        m = site.zeros(site.d_out, 1)
+        m.data += self._direction(site.W, A, B).detach().norm(dim=1, keepdim=True)
+        return dict(A=A, B=B, m=m)
 
     def weight(self, W, p):                # (d_out, d_in)
-        V = W + self.alpha / self.rank * p.B @ p.A
+        V = self._direction(W, p.A, p.B)
         return self._scale(V, p) * V
 
     def fast(self, x, y, p, W, b):         # y = x Wᵀ + b; the bias is no part of the direction
         with torch.no_grad():
-            V = W + self.alpha / self.rank * p.B @ p.A
+            V = self._direction(W, p.A, p.B)
         scale = self._scale(V, p)[:, 0]    # 1 at init, to the bit
         return y + (scale - 1) * (y if b is None else y - b) + scale * (self.alpha / self.rank * x @ p.A.T @ p.B.T)
+
+    def _direction(self, W, A, B):         # V: (d_out, d_in)
+        return W + self.alpha / self.rank * B @ A
 
     def _scale(self, V, p):                # (d_out, 1); a row of zeros has no direction, and stays
         norm = V.detach().norm(dim=1, keepdim=True)
