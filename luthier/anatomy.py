@@ -39,11 +39,12 @@ SPECIAL = re.compile(r"cls_token|class_token|class_emb\w*|dist(illation)?_token|
 MAJOR = {"backbone": "backbone", "vision": "vision|visual|image|img|pixel", "text": "text|language|^lm$", "audio": "audio|speech",
          "qformer": "qformer", "fusion": "fusion|multi_?modal|mm_encoder", "perceiver": "perceiver|resampler"}
 MINOR = {"encoder": "encoder", "decoder": "decoder"}
-INPUTS = {"input_ids", "pixel_values", "input_features", "input_values", "past_values", "sample"}
+INPUTS = {"input_ids", "pixel_values", "input_features", "input_values", "past_values", "sample", "query_embeds"}
 # ---- true exceptions
 PER_HEAD = re.compile("GPTNeoX|Bloom|Persimmon|Fuyu|Deberta")       # fused rows are (head, qkv, width), not (qkv, head, width)
 UP_FIRST = re.compile("^(GEGLU|SwiGLU)$")                           # fused up and gate: the second half is the gate
 POOLED = re.compile("(CLIP|CLIPSeg|OwlViT|Blip).*Vision")           # the last norm sees the pooled vector, not the stream
+WITHOUT_CLS = re.compile("Siglip")                                  # text encoders that do not begin with a sentence token
 ZIPPED = (("resnets", "attentions"),)                               # sibling lists that forward walks in step
 RECURRENT = ({"x_proj", "dt_proj"}, {"rg_lru"}, {"conv1d", "in_proj", "out_proj"})        # children that make a mixer
 
@@ -215,7 +216,8 @@ def find_blocks(modules, leaves, cores):
                     if under(a, region) and a not in taken:
                         inside[a].append(x)
             normed = {a for x in leaves if x.kind == "norm" for a in chain(x.path)}
-            more = {a for a, xs in inside.items() if len(xs) > 1 and (a in normed or any(x.wide or x.kind != "conv" for x in xs))}
+            more = {a for a, xs in inside.items() if len(xs) > 1 and (a in normed or any(x.wide or x.kind != "conv" for x in xs))
+                    and (not blocks or any(x.wide for x in xs))}
             blocks |= more - {a for b in more for a in chain(up(b))}
         if blocks:
             break
@@ -522,49 +524,58 @@ def towers(paths):
         keyed[first(MAJOR, p), first(MINOR, p)].append(p)
     majors = [major for major, _ in keyed]
     for (major, minor), ps in keyed.items():
-        name = "" if len(keyed) == 1 else major if major and majors.count(major) == 1 else minor or major or "main"
+        rest = "text" if {"vision", "audio"} & set(majors) else "encoder" if ("", "decoder") in keyed else "main"
+        name = "" if len(keyed) == 1 else major if major and majors.count(major) == 1 else minor or major or rest
         named[name if name not in named else f"{major}_{minor}"] = ps
     return named
 
 
-def make_stack(name, blocks, modules):
+def make_stack(name, blocks, modules, others):
     home = common([b.path + ".x" for b in blocks]) if len(blocks) > 1 else up(blocks[0].path)
     while home and isinstance(modules.get(home), LISTS):
         home = up(home)
-    path = home
-    while path and not INPUTS & (names := set(inspect.signature(inspect.unwrap(type(modules[path]).forward)).parameters)):
-        path = up(path)
-    if not path and not INPUTS & set(inspect.signature(inspect.unwrap(type(modules[""]).forward)).parameters):
-        path = home
+    def takes(a):
+        return set(inspect.signature(inspect.unwrap(type(modules[a]).forward)).parameters)
+    alone = [a for a in chain(home) if not any(under(o, a) for o in others)] or [home]
+    path = next((a for a in alone if INPUTS & takes(a)), next((a for a in alone[::-1] if "attention_mask" in takes(a)), home))
     module, inside = modules[path], [m for p, m in modules.items() if under(p, path)]
     return Stack(name, module, path, blocks=tuple(b.module for b in blocks), dim=blocks[-1].width,
-                 cross=any(a[0].startswith("cross") for b in blocks for a in b.attends), causal=is_causal(module, blocks, modules),
-                 rope=any(re.search("rotary|rope", type(m).__name__, re.I) for m in inside), insert=why_not_insert(blocks, inside))
+                 cross=any(a[0].startswith("cross") for b in blocks for a in b.attends), causal=is_causal(module, blocks, modules, path),
+                 rope=any(
+                     re.search("rotary|rope", type(m).__name__, re.I) or hasattr(m, "rotary_dim") for m in inside), insert=why_not_insert(blocks, inside))
 
 
-def is_causal(module, blocks, modules):
+def is_causal(module, blocks, modules, path):
     first = [modules[a[1]] for a in blocks[0].attends[:1]]
-    if any(getattr(m, f, None) is True for m in [module, blocks[0].module, *first] for f in ("is_decoder", "is_causal", "causal")):
+    if any(getattr(m, f, None) is True for m in [module, blocks[0].module, *first] for f in ("is_decoder", "is_causal", "causal")) or any(
+            n in ("bias", "mask", "tril", "causal_mask") and b is not None and b.dim() > 1 and b.shape[-1] == b.shape[-2] > 1
+            for m in first for n, b in m._buffers.items()):
         return True
-    if any(b.names & {"ssm"} or any(c["role"] == "attn.r" for _, c in b.claims) for b in blocks):
+    if any("ssm" in b.names or any(c["role"] == "attn.r" for _, c in b.claims) for b in blocks):
         return True
     used = inspect.unwrap(type(module).forward).__code__.co_names
-    told = [inspect.unwrap(type(m).forward).__code__.co_consts for m in first if not hasattr(m, "is_causal")]
-    return any("causal_mask" in n for n in used) and not any("bidirectional" in n for n in used) or any(
-        isinstance(c, tuple) and "is_causal" in c and True in consts for consts in told for c in consts)
+    if any(re.search(r"(create|prepare)\w*causal", n) for n in used) and not any("bidirectional" in n for n in used):
+        return True
+    for m in first:                                                 # a literal is_causal=True in the attention's own code
+        code = inspect.unwrap(type(m).forward).__code__
+        if "is_causal" not in code.co_varnames and any(isinstance(c, tuple) and "is_causal" in c for c in code.co_consts):
+            return not hasattr(m, "is_causal") and True in code.co_consts
+    return type(module).__name__ == "BlipTextModel" and "decoder" in path          # told by an argument of its caller
 
 
 def why_not_insert(blocks, inside):
-    names = {n for b in blocks for n in b.names}
+    names, convs = {n for b in blocks for n in b.names}, any("conv" in b.part.values() for b in blocks)
     if "mix" in names:
         return "its token-mixing MLPs hold a fixed number of tokens"
-    if not any(b.attends for b in blocks) and "ssm" not in names:
-        return "its blocks work on a map, not on a sequence of tokens"
-    if any("conv" in b.part.values() and not b.attends for b in blocks):
-        return "its tokens are folded to a map between blocks"
+    if "ssm" not in names and any(x.kind == "conv" and not b.attends for b in blocks for x in b.leaves.values()):
+        return "its tokens are folded to a map between blocks" if any(b.attends for b in blocks) else "its blocks work on a map of pixels"
     if any(hasattr(m, "window_size") and re.search("Swin|Window|Sam", type(m).__name__) for m in inside):
         return "its attention works in windows of the patch grid"
-    return "its tokens are folded to a map inside the attention" if any(hasattr(m, "sr_ratio") for m in inside) else ""
+    if any("relative_position_bias_table" in m._parameters for m in inside):
+        return "its attention adds a learned bias for each pair of grid positions"
+    if any(re.search("Segformer|Pvt", type(m).__name__) for m in inside):
+        return "its tokens are folded to a map inside the attention"
+    return "its stream has a channel axis beside batch and time" if any(type(m).__name__.startswith("PatchTST") for m in inside) else ""
 
 
 # ---- before and after the blocks ---------------------------------------------------------------------------------------
@@ -585,9 +596,9 @@ def embed_role(x, param, before):
 class Outside:
     """Roles of what no block holds; also tells the stacks where their stream begins and ends."""
 
-    def __init__(self, leaves, stacks, modules, place):
+    def __init__(self, leaves, stacks, modules, place, block_paths):
         self.roles, used, heads = {}, defaultdict(set), []
-        self.leaves, self.modules, self.place = leaves, modules, place
+        self.leaves, self.modules, self.place, self.block_paths = leaves, modules, place, block_paths
         for x in leaves:
             mine = [s for s in stacks if under(x.path, s.path)]
             s = max(mine, key=lambda s: len(s.path)) if mine else stacks[0] if len(stacks) == 1 else None
@@ -622,28 +633,27 @@ class Outside:
         return any(isinstance(self.modules[a], LISTS) for a in chain(up(path)) if under(a, root))
 
     def begin(self, s):
-        def role(x):
-            return next((r for k in x.own if (r := self.roles.get((x.path, k), ("",))[0]).startswith("embed.")), "")
+        """A token embedding called inside the stack's own forward ("ids"), else the last module called before the blocks ("out")."""
+        mine = [(x, k, r) for x in self.leaves for k in x.params if (r := self.roles[x.path, k])[2] is s and r[0].startswith("embed.")]
         first = next(p for p, m in self.modules.items() if m is s.blocks[0])
-        holders = [p for p in self.modules if under(first, p) and p != first and under(p, s.path)]
-        mine = [x for x in self.leaves if under(x.path, s.path) and (x.kind == "embedding" or self.place[x.path] < s.start) and role(x)]
-        tokens = [x for x in mine if role(x) == "embed.token"]
-        tops = []                                                   # the children of what holds the blocks that hold an embedding
-        for x in mine:
-            holder = max((h for h in holders if under(x.path, h) and x.path != h), key=len, default=None)
-            if holder is not None:
-                tops.append(".".join(x.path.split(".")[:len(holder.split(".")) * bool(holder) + 1]))
-        tops = [t for t in dict.fromkeys(tops) if re.search("embed|stem|patch|feature_proj", t.rpartition(".")[2]) and "time" not in t
-                and (self.modules[t]._modules or under(mine[-1].path, t))]
-        if hasattr(s.module, "norm_pre") and hasattr(s.module, "patch_embed"):                  # timm: CLS and positions are in
-            s.embed_module = s.module.norm_pre
-        elif tokens and up(tokens[0].path) in holders:
+        holders = [a for a in chain(up(first)) if under(a, s.path)]
+        tokens = [x for x, _, r in mine if r[0] == "embed.token"]
+        if tokens and up(tokens[0].path) in holders:
             s.embed, s.embed_module = "ids", tokens[0].module
-        else:
-            s.embed_module = self.modules[tops[0]] if tops else None
-        special = [p for x in self.leaves if x in mine or x.path == s.path for k, p in x.own.items() if SPECIAL.fullmatch(k)]
+        for holder in holders if s.embed != "ids" else ():
+            kids = [(p, m) for p, m in self.modules.items() if p and up(p) == holder and self.place[p] < s.start and not under(first, p)
+                    and not isinstance(m, nn.ModuleList) and not any(under(b, p) for b in self.block_paths)
+                    and ("Patch" in type(m).__name__ or not re.search("rotary|rope|rel_|pos_emb|position|time|mask", p[len(holder):]))]
+            if kids and not isinstance(self.modules[holder], LISTS):
+                path, last = kids[-1]
+                plain = not last._modules and not any(p.dim() > 1 for p in last.parameters())        # dropout, norm, pool, identity
+                if plain or re.search("embed|stem|patch|feature_proj|norm", path.rpartition(".")[2]) and not hasattr(last, "kernel_size"):
+                    s.embed_module = last
+                break
+        special = [x.own[k] for x, k, r in mine if r[0].split(".")[1] in ("cls", "dist", "register")]
         known = getattr(s.module, "num_prefix_tokens", None)
-        sentence = tokens and s.embed == "out" and not s.causal and not s.cross and s.name != "encoder"         # BERT's CLS
+        sentence = tokens and s.embed == "out" and not s.causal and not s.cross and s.name != "encoder" and not WITHOUT_CLS.search(
+            type(s.module).__name__)                                # BERT's first token
         s.fixed = known if isinstance(known, int) else sum(p.shape[-2] if p.dim() > 1 else 1 for p in special) or int(bool(sentence))
 
 
@@ -670,12 +680,12 @@ def scan(model):
         for i, p in enumerate(group):
             config = next((c for a in chain(p) if (c := getattr(modules[a], "config", None)) is not None), None)
             blocks.append(Block(p, i, *of[p], modules, config))
-        stack = make_stack(name, blocks, modules)
+        stack = make_stack(name, blocks, modules, set(paths) - set(group))
         stack.start, stack.end = place[group[0]], ends[group[-1]]
         stacks.append(stack)
         for b in blocks:
             block_sites(b, stack, found, place, ends)
-    outside = Outside(of[None][0], stacks, modules, place)
+    outside = Outside(of[None][0], stacks, modules, place, paths)
     for x in outside.leaves:
         for param in x.params:
             role, tower, stack = outside.roles[x.path, param]
