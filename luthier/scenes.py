@@ -1,5 +1,5 @@
 """Procedural scenes: coloured shapes on a canvas, with everything that can be asked of them. Scene i of a seed is the same on
-every machine: all randomness comes from `random.Random(text).random()`, whose values Python guarantees, and all drawing is arithmetic.
+every machine: randomness comes from `random.Random(text).random()`, whose values Python guarantees, and drawing is arithmetic.
 
     s = scene(7, seed=0, size=64)        s.image()      uint8 (64, 64, 3)
     s.caption()    "a small red circle and a large blue square"

@@ -43,6 +43,10 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
     for n in limit.values() if isinstance(limit, dict) else [limit]:
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 2):
             raise BadData(f"limit={n!r} must be a whole number of at least 2.")
+    for split in limit if isinstance(limit, dict) else ():
+        if split not in ("train", "val", "test"):
+            raise BadData(f"limit={limit}: there is no split {split!r}. {_roles.nearest(split, ('train', 'val', 'test'))} "
+                          "Splits: train, val, test.")
     data = find(source, seed)
     first = data.splits.get("train") or next(iter(data.splits.values()))
     kind, found = _roles.guess(first.columns, data.source, task or data.task, columns or data.columns)

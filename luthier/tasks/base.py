@@ -3,8 +3,8 @@
 import torch
 
 from .. import zoo
-from ..errors import BadData, nearest
-from .headed import Headed, head
+from ..errors import BadData, DoesNotFit, nearest
+from .headed import POOLS, Headed, head
 from .split import divide, order, shares
 
 
@@ -20,6 +20,8 @@ class Task:
         if self.metric not in self.metrics:
             raise BadData(f"{self.kind} has no metric {metric!r}. {nearest(metric, self.metrics)} It has: "
                           f"{', '.join(self.metrics)}.")
+        if options.get("pool") not in (None, *POOLS):
+            raise BadData(f"There is no pool {options['pool']!r}. {nearest(options['pool'], POOLS)} Pools: {', '.join(POOLS)}.")
         self._tokenizer, self.options, self.tables, self._encoded = tokenizer, options, {}, {}
         self.origin = zoo.about(model) if model is not None else None
         if self.origin and self.origin.kind not in (*self.reads, "other"):
@@ -37,11 +39,16 @@ class Task:
         for name, table in self.tables.items():
             if not len(table):
                 raise BadData(f"{self.source}: too few rows: nothing is left for {name}. Give at least ten rows.")
+        for table in self.tables.values():
+            self.check(table)
         self.learn(data)
         for name in self.tables:
             most = limit.get(name) if isinstance(limit, dict) else limit
             self.limit(name, most, seed)
         return self
+
+    def check(self, table):
+        """Refuse rows that cannot be read, before anything is learned from them."""
 
     def limit(self, name, most, seed):
         table = self.tables[name]
@@ -115,9 +122,12 @@ class Task:
             raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"minilm\".")
         backbone, pool = strip(zoo.load(self.model, dtype), self)
         model = Headed(backbone, pool, None, self.extra(backbone)).eval()
-        with torch.no_grad():                        # one example says how wide the features are
-            inputs = {k: v for k, v in self.probe(next(backbone.parameters()).dtype).items() if k != "labels"}
-            width = model.features(**inputs).shape[-1]
+        try:
+            with torch.no_grad():                    # one example says how wide the features are
+                width = model.features(**self.probe()).shape[-1]
+        except Exception as error:                   # a backbone that wants other inputs says so in its own way
+            raise DoesNotFit(f"{self.origin.ref} does not read what {self.kind} gives it ({', '.join(self.probe())}): "
+                             f"{str(error)[:300]} Use another model (`luthier zoo`).") from error
         model.head = head(width, self.outputs(), seed, next(backbone.parameters()).dtype)
         model.luthier_origin = self.origin
         return model
@@ -190,7 +200,8 @@ def strip(model, task):
     base = tower if isinstance(tower, torch.nn.Module) else base
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         base = base.get_encoder()
-    if isinstance(getattr(base, "pooler", None), torch.nn.Module):
+    pooler = getattr(base, "pooler", None)
+    if isinstance(pooler, torch.nn.Module) and any(True for _ in pooler.parameters()):
         base.pooler = None                           # it would only feed the head that is replaced
     return base, task.pool(base)
 

@@ -114,8 +114,7 @@ class Text(Task):
 
     @property
     def max_length(self):
-        own = min(self.tokenizer.model_max_length, getattr(self.tokenizer, "max_len_single_sentence", 10**9) + 2)
-        return min(self.options.get("max_length") or self.longest, own)
+        return min(self.options.get("max_length") or self.longest, self.tokenizer.model_max_length, self.origin.longest)
 
     def pad_id(self):
         t = self.tokenizer
@@ -146,7 +145,8 @@ class Text(Task):
                 batch[key] = torch.tensor([e[key] for e in examples])
         return batch
 
-    def probe(self, dtype):
+    def probe(self):
+        """A batch of one, to try a backbone with."""
         return self.collate(self.tokenise(["a b"])[0])
 
     def pool(self, backbone):
@@ -177,6 +177,10 @@ class Text(Task):
                 values.append(v)
             columns[column] = values
         return Table(columns, "input", None, "number")
+
+    def check(self, table):
+        for role in self.roles.keys() & {"text", "text_pair", "prompt", "response"}:
+            self.texts(table, role)
 
     def texts(self, table, role="text"):
         values = self.column(table, role)

@@ -6,8 +6,9 @@ Pools of last_hidden_state h (B, T, D), mask (B, T):
   cls+mean   [h[:, 0], mean of h[:, 1:]]                (B, 2D), the linear probe of DINOv2 (2304.07193 §A)
   last       h at the last token that is not padding    (B, D), for decoders
   tokens     h, one output a token                      (B, T, D)
-  map        mean over the positions of (B, C, H, W)    (B, C)
+  own        the backbone's pooler_output               (B, D)
   vector     the backbone already gives (B, D)
+Maps (B, C, H, W) are averaged over their positions whatever the pool, vectors (B, D) stay as they are.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-POOLS = ("cls", "mean", "cls+mean", "last", "tokens", "map", "vector")
+POOLS = ("cls", "mean", "cls+mean", "last", "tokens", "own", "vector")
 
 
 class Output(NamedTuple):
@@ -27,9 +28,11 @@ class Output(NamedTuple):
 
 def pooled(out, pool, mask=None):
     """Features of a backbone's output (a tensor, tuple, or object with last_hidden_state)."""
-    h = getattr(out, "last_hidden_state", out)
+    h, own = getattr(out, "last_hidden_state", out), getattr(out, "pooler_output", None)
     h = h[0] if isinstance(h, (tuple, list)) else h
-    if pool == "vector" or pool == "tokens":
+    if own is not None and (pool == "own" or h.dim() == 4):      # ConvNeXt and its like norm after their average
+        return own.flatten(1)
+    if pool in ("vector", "tokens") or h.dim() == 2:
         return h
     if h.dim() == 4:
         return h.mean((2, 3))
@@ -57,6 +60,8 @@ class Headed(nn.Module):
         return self.backbone.config
 
     def features(self, pixel_values=None, **inputs):
+        if pixel_values is not None:
+            pixel_values = pixel_values.to(next(self.backbone.parameters()).dtype)
         if pixel_values is None:
             out = self.backbone(**inputs, **self.extra)
         elif hasattr(self.backbone, "config"):       # transformers

@@ -76,7 +76,8 @@ class ImageClassification(Labelled):
 
     @property
     def side(self):
-        return int(self.options.get("image_size") or (self.origin.image.get("sizes") or (224,))[-1] if self.origin else 224)
+        sizes = self.origin.image.get("sizes") if self.origin else None
+        return int(self.options.get("image_size") or (sizes or (224,))[-1])
 
     def fitting_size(self):
         """Of the sizes that suit the model, the smallest at least 3.5 times the data's images: more adds cost, not detail."""
@@ -131,8 +132,8 @@ class ImageClassification(Labelled):
             batch["labels"] = torch.tensor([e["labels"] for e in examples])
         return batch
 
-    def probe(self, dtype):
-        return {"pixel_values": torch.zeros(1, 3, self.side, self.side, dtype=dtype)}
+    def probe(self):
+        return {"pixel_values": torch.zeros(1, 3, self.side, self.side)}
 
     def pool(self, backbone):
         asked = self.options.get("pool") or self.origin.pool
@@ -141,6 +142,8 @@ class ImageClassification(Labelled):
         kind = getattr(getattr(backbone, "config", None), "model_type", "")
         if "dinov2" in kind:
             return "cls+mean"
+        if hasattr(backbone, "post_layernorm"):      # CLIP, SigLIP: trained on their own pooled output
+            return "own"
         special = ("cls_token", "class_embedding", "cls_embedding")
         return "cls" if any(n.endswith(special) for n, _ in backbone.named_parameters()) else "mean"
 

@@ -63,9 +63,7 @@ class Language(Text):
         return super().evaluate(model, split, batch_size)
 
     def learn(self, data):
-        for table in self.tables.values():
-            for role in self.roles:
-                self.texts(table, role)
+        """Nothing: there are no labels."""
 
     def predict(self, model, inputs, batch_size=1, max_new_tokens=64):
         """[{"text": continuation}], greedy, one input at a time."""

@@ -4,7 +4,7 @@ import math
 
 
 def accuracy(predicted, truth):
-    return (predicted == truth).float().mean().item()
+    return (predicted == truth).double().mean().item()
 
 
 def macro_f1(predicted, truth, classes):

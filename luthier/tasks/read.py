@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BadData, nearest
@@ -37,6 +37,17 @@ class Table:
         lines = self.lines if self.lines is not None else range(len(self))
         columns = {k: [v[i] for i in index] for k, v in self.columns.items()}
         return Table(columns, self.source, [lines[i] for i in index], self.unit)
+
+
+@dataclass
+class Data:
+    source: str
+    splits: dict                                     # name -> Table
+    notes: list = field(default_factory=list)        # what was found, done and left out, for describe()
+    classes: list = None                             # names of integer labels
+    columns: dict = field(default_factory=dict)      # roles that the source itself fixes
+    task: str = None
+    metric: str = None
 
 
 def suffix(path):

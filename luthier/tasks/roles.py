@@ -2,6 +2,7 @@
 `Task.describe()` and overruled by `columns=` and `task=`."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from ..errors import BadData, nearest
@@ -29,6 +30,8 @@ NAMES = {            # role -> column names that mean it, likeliest first
                 "section_text cs",
 }
 NAMES = {role: words.split() for role, words in NAMES.items()}
+_ID = re.compile(r"(^|_)(id|idx|index)$", re.I)       # numbers a row, says nothing of it
+PLAIN = ("response", "output", "completion", "summary")
 
 
 def numbers(values):
@@ -37,6 +40,11 @@ def numbers(values):
         return [float(v) for v in values if not isinstance(v, bool) or 1 / 0]
     except (TypeError, ValueError, ZeroDivisionError):
         return None
+
+
+def mostly_numbers(values):
+    """Nine in ten are numbers; the others are refused later, by their row."""
+    return sum(numbers([v]) is not None for v in values) >= 0.9 * len(values)
 
 
 def is_text(values):
@@ -81,35 +89,38 @@ def guess(columns, source, task=None, given=None):
                               f"It has: {', '.join(columns)}.")
     if task is not None and task not in KINDS:
         raise BadData(f"There is no task {task!r}. {nearest(task, KINDS)} Tasks: {', '.join(KINDS)}.")
-    reasons = []
-    for kind in [task] if task else _candidates(given):
-        found = _fill(kind, columns, given, forced=task is not None)
+    reasons = {}
+    for kind, by_name in [(task, False)] if task else _candidates(given):
+        found = _fill(kind, columns, given, task is not None, by_name)
         if isinstance(found, dict):
             return kind, found
-        reasons.append(f"{kind} needs a column for {found}")
-    raise BadData(f"{source}: the columns {', '.join(columns)} make no task: {'; '.join(reasons[:6])}. Say which is which with "
-                  "columns={\"text\": ..., \"label\": ...} (on the command line: --column text=NAME), and task= if need be.")
+        reasons[kind] = f"{kind} needs a column for {found}"
+    raise BadData(f"{source}: the columns {', '.join(columns)} make no task: {'; '.join(reasons.values())}. Say which is which "
+                  "with columns={\"text\": ..., \"label\": ...}, and task= if need be.")
 
 
 def parts(name):
     """A role may join columns: "context + question"."""
-    return [p.strip() for p in name.split("+")] if isinstance(name, str) else [name]
+    return [p.strip() for p in name.split(" + ")] if isinstance(name, str) else [name]
 
 
 def _candidates(given):
-    """Kinds in the order in which they are tried; roles that were given leave only the kinds that use them."""
-    order = ("token-classification", "image-classification", "instruction", "text-classification", "regression", "causal-lm")
-    return [k for k in order if set(given) <= set(sum(KINDS[k], ()))] or list(order)
+    """(kind, whether its label or target must be known by name), in the order in which they are tried; roles that were given
+    leave only the kinds that use them."""
+    order = (("token-classification", False), ("image-classification", False), ("instruction", False),
+             ("text-classification", True), ("regression", True), ("text-classification", False), ("regression", False),
+             ("causal-lm", False))
+    return [k for k in order if set(given) <= set(sum(KINDS[k[0]], ()))] or order
 
 
-def _fill(kind, columns, given, forced):
+def _fill(kind, columns, given, forced, by_name):
     """{role: column}, or the role that no column can play. A column plays one role."""
     need, may = KINDS[kind]
     roles = {r: c for r, c in given.items() if r in need + may}
     for role in sorted(need + may, key=lambda r: r in ("text", "text_pair")):        # the pickiest roles choose first
         free = [c for c in columns if c not in {p for n in roles.values() for p in parts(n)}]
         if role not in roles:
-            name = _pick(role, kind, {c: columns[c] for c in free}, forced)
+            name = _pick(role, {c: columns[c] for c in free}, forced, by_name)
             if name is None and role in need:
                 return role
             if name is not None:
@@ -119,26 +130,29 @@ def _fill(kind, columns, given, forced):
     return {r: roles[r] for r in need + may if r in roles}
 
 
-def _pick(role, kind, columns, forced):
+def _pick(role, columns, forced, by_name):
+    """The column that plays a role: by its name, or else by its content where that can tell."""
     fits = {
         "image": is_image, "tokens": is_list, "tags": is_list,
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
-        "target": lambda v: numbers(v) is not None and (forced or not is_class(v)),
+        "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
         "text": is_text, "text_pair": is_text, "prompt": is_text, "response": is_text,
     }[role]
     low = {c.lower().replace("-", "_").replace(" ", "_"): c for c in columns if isinstance(c, str)}
     named = [low[n] for n in NAMES[role] if n in low and fits(columns[low[n]])]
-    if role == "response" and not forced:
-        named = [c for c in named if not is_class(columns[c])]       # a closed set of answers is a label
+    if role == "response" and not forced:            # a closed set of answers is a label, unless the name is plain
+        named = [c for c in named if c.lower() in PLAIN or not is_class(columns[c])]
     if named:
         return named[0]
+    if by_name and role in ("label", "target"):
+        return None
     if role in ("image", "tokens", "tags", "label", "target", "text"):
-        able = [c for c, v in columns.items() if fits(v) and not (role == "target" and c.lower() in ("id", "index", "idx"))]
+        able = [c for c, v in columns.items() if fits(v) and not (role == "target" and _ID.search(c))]
         if role == "text":                                           # the longest text, not a code
-            return max((c for c in able if forced or not is_class(columns[c])), default=None,
+            return max((c for c in able if forced or not is_class(columns[c]) and not mostly_numbers(columns[c])), default=None,
                        key=lambda c: sum(len(v or "") for v in columns[c]))
-        if role == "label":
-            able = [c for c in able if c.lower() not in ("id", "index", "idx")] or able
-            return min(able, default=None, key=lambda c: len(set(map(str, columns[c])))) if len(columns) > 1 or able else None
+        if role == "label":                          # the fewest classes, but two at least
+            kinds = {c: len(set(map(str, columns[c]))) for c in able}
+            return min(able, default=None, key=lambda c: (kinds[c] < 2, kinds[c]))
         return able[0] if able else None
     return None

@@ -1,31 +1,18 @@
-"""From what the user names (a file, a folder, arrays, a data set) to splits: {"train": Table, "val": ..., "test": ...}, or {"all"}."""
+"""From what the user names (file, folder, arrays, data set) to splits: {"train": Table, "val": ..., "test": ...}, or {"all"}."""
 
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import BadData, UnknownName, nearest
-from .read import SUFFIXES, Table, suffix, table
+from . import arrays
+from .read import SUFFIXES, Data, Table, suffix, table
 
 SPLITS = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "devel"),
           "test": ("test", "testing", "tst", "eval", "all")}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _SPLIT = re.compile(r"^(?:(?P<base>.*?)[_.-])?(?P<split>" + "|".join(w for words in SPLITS.values() for w in words) +
                     r")(?:-\d+-of-\d+)?$", re.I)
-
-
-@dataclass
-class Data:
-    source: str
-    splits: dict                                     # name -> Table
-    notes: list = field(default_factory=list)        # what was found, done and left out, for describe()
-    classes: list = None                             # names of integer labels
-    columns: dict = field(default_factory=dict)      # roles that the source itself fixes
-    task: str = None
-    metric: str = None
 
 
 # What some sets of $LUTHIER_DATA mean, where their column names do not say it.
@@ -43,15 +30,15 @@ MEANING = {
 def find(source, seed=0):
     """Data for whatever `source` names."""
     if isinstance(source, dict):
-        return _arrays(source, "arrays")
+        return arrays.tables(source, "arrays")
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, seed)
     if path.is_file():
-        return _npz(path) if suffix(path) == ".npz" else _beside(path, seed)
-    if source in BUILT_IN:
-        return BUILT_IN[source](seed)
+        return arrays.npz(path) if suffix(path) == ".npz" else _beside(path, seed)
+    if source in arrays.BUILT_IN:
+        return arrays.BUILT_IN[source](seed)
     if (found := _named(source, seed)) is not None:
         return found
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not suffix(source) and not path.parent.is_dir() or source.startswith("hub:"):
@@ -69,7 +56,7 @@ def find(source, seed=0):
 
 def known():
     """Built-in names and those that $LUTHIER_DATA offers."""
-    return list(BUILT_IN) + sorted(_shelf())
+    return list(arrays.BUILT_IN) + sorted(_shelf())
 
 
 def _shelf():
@@ -91,7 +78,7 @@ def _named(name, seed):
     if not hits:
         return None
     paths = shelf[hits[0]]
-    data = _npz(paths[0]) if paths[0].name == "data.npz" else _tables(paths, str(paths[0].parent / hits[0]), seed)
+    data = arrays.npz(paths[0]) if paths[0].name == "data.npz" else _tables(paths, str(paths[0].parent / hits[0]), seed)
     for field_name, value in MEANING.get(hits[0], {}).items():
         setattr(data, field_name, value)
     return data
@@ -149,7 +136,7 @@ def _join(a, b):
 def _folder(path, seed):
     """data.npz; tables with split names; one table; or images by class, in split folders or not."""
     if (path / "data.npz").is_file():
-        return _npz(path / "data.npz")
+        return arrays.npz(path / "data.npz")
     files = [p for p in sorted(path.iterdir())
              if p.is_file() and suffix(p) in SUFFIXES and not p.name.lower().startswith("readme")]
     inner = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
@@ -191,51 +178,6 @@ def _images(path):
                  [str(p.relative_to(path)) for p, _ in files], "file")
 
 
-def _npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files}
-    except Exception as error:                       # zipfile, zlib, numpy and struct each raise their own
-        raise BadData(f"{path} cannot be read as .npz without pickles: {str(error).splitlines()[0][:200]} "
-                      "Save plain arrays with numpy.savez.") from error
-    return _arrays(arrays, str(path))
-
-
-def _arrays(arrays, source):
-    """Arrays named [SPLIT_]images (N, H, W[, C]) or [SPLIT_]bytes + [SPLIT_]offsets (encoded files), [SPLIT_]labels, classes."""
-    splits = {}
-    for split in ("train", "val", "test", ""):
-        pre = split + "_" if split else ""
-        get = {k: np.asarray(arrays[pre + k]) for k in ("images", "bytes", "offsets", "labels") if pre + k in arrays}
-        if "images" in get:
-            images = list(get["images"])
-            if get["images"].ndim not in (3, 4):
-                raise BadData(f"{source}: {pre}images has the shape {get['images'].shape}. Images are (N, H, W) or (N, H, W, C).")
-        elif {"bytes", "offsets"} <= get.keys():
-            offsets, raw = get["offsets"], get["bytes"]
-            if (np.diff(offsets) < 0).any() or offsets[-1] > len(raw):
-                raise BadData(f"{source}: {pre}offsets do not fit {pre}bytes ({len(raw)} bytes). Save the file again.")
-            images = [raw[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-        else:
-            continue
-        labels = get.get("labels")
-        if labels is None or labels.reshape(-1).shape[0] != len(images):
-            raise BadData(f"{source}: {len(images)} {pre}images, but {'no' if labels is None else labels.size} {pre}labels. "
-                          f"Store one label an image under {pre}labels.")
-        columns = {"image": images, "label": labels.reshape(-1).tolist()}
-        if pre + "text" in arrays:
-            columns["text"] = [str(t) for t in arrays[pre + "text"]]
-        splits[split or "all"] = Table(columns, source, None, f"{split or 'row'}" if split else "row")
-    if not splits:
-        raise BadData(f"{source} holds the arrays {', '.join(arrays)}, and none is called images (or train_images, train_bytes). "
-                      f"{nearest('images', arrays)} Save images (N, H, W, C) and labels (N,).")
-    if "train" not in splits:
-        splits = {"all": next(iter(splits.values()))}
-    classes = [str(c) for c in arrays["classes"]] if "classes" in arrays else None
-    notes = ["the column text is not used: images are classified alone"] if "text" in next(iter(splits.values())).columns else []
-    return Data(source, splits, notes, classes, {"image": "image", "label": "label"}, "image-classification")
-
-
 def _hub(name, seed):
     try:
         import datasets
@@ -258,16 +200,3 @@ def _hub(name, seed):
         splits = {"all": next(iter(splits.values()))}
     feature = next((f for n, f in part.features.items() if n in ("label", "labels") and hasattr(f, "names")), None)
     return Data(name, splits, [], feature.names if feature else None)
-
-
-def _digits(seed):
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise BadData("The built-in data digits needs scikit-learn. pip install scikit-learn") from error
-    d = load_digits()
-    images = (d.images * (255 / 16)).round().astype(np.uint8)        # (1797, 8, 8), stored as 0..16
-    return _arrays({"images": images, "labels": d.target, "classes": [str(n) for n in range(10)]}, "digits")
-
-
-BUILT_IN = {"digits": _digits}

@@ -60,4 +60,5 @@ def order(n, size, seed, epoch, shuffle, length=None):
     for w in range(0, n, 16 * size):
         window = sorted(index[w:w + 16 * size], key=length)
         batches += [window[i:i + size] for i in range(0, len(window), size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    mixed = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return sorted(mixed, key=lambda b: len(b) < size)                # what does not fill a batch comes last

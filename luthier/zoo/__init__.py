@@ -35,6 +35,7 @@ class Origin:
     folder: str = ""           # where the tokenizer lies, if there is one
     image: dict = field(default_factory=dict)        # mean, std, sizes
     pool: str = ""
+    longest: int = 10**9       # positions that the model has
     unused: tuple = ()         # keys of the file that the model has no place for
 
     def tokenizer(self):
@@ -103,8 +104,11 @@ def about(ref):
     ref = str(ref)
     if ref in TABLE:
         row = TABLE[ref]
-        folder = "" if row.kind == "vision" else str(_folder(row))
-        return Origin(ref, row.kind, row.licence, folder, dict(row.image), row.pool)
+        if row.kind == "vision":
+            return Origin(ref, row.kind, row.licence, "", dict(row.image), row.pool)
+        folder = _folder(row)
+        facts = json.loads((folder / "config.json").read_text("utf-8"))
+        return Origin(ref, row.kind, row.licence, str(folder), {}, row.pool, _longest(facts))
     if ref.startswith("timm:"):
         return _timm_origin(ref)
     if Path(ref).is_dir():
@@ -282,7 +286,14 @@ def _describe(config, ref, folder):
         name = next(iter(get("architectures", None) or ()), "")
         kind = "text-decoder" if name.endswith(("CausalLM", "LMHeadModel")) or get("is_decoder", False) or _causal(config) \
             else "text-encoder"
-    return Origin(ref, kind, _licence(folder), folder)
+    return Origin(ref, kind, _licence(folder), folder, longest=_longest(config.to_dict()))
+
+
+def _longest(facts):
+    """The positions a configuration states; RoBERTa's kin count theirs from the padding id on."""
+    n = next((facts[k] for k in ("max_position_embeddings", "n_positions", "n_ctx") if isinstance(facts.get(k), int)), 0)
+    kind = facts.get("model_type", "")
+    return 10**9 if n <= 2 else n - 2 if "roberta" in kind or kind == "camembert" else n
 
 
 def _causal(config):

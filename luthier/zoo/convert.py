@@ -5,7 +5,7 @@ import torch
 
 from ..errors import BadState
 
-FORMAT = "1"                   # of the converted folders; raise it when a converter changes
+FORMAT = "2"                   # of the converted folders; raise it when a converter changes
 
 
 def fill(model, state, origin, drop=()):
@@ -26,12 +26,15 @@ def vocabulary_tokenizer(vocab, split, unk, special, folder, cls=None, sep=None,
     from transformers import PreTrainedTokenizerFast
     core = Tokenizer(models.WordLevel(vocab, unk_token=unk))
     core.pre_tokenizer = split
+    names = ["input_ids", "attention_mask"]
     if cls:
+        names.insert(1, "token_type_ids")
         core.post_processor = processors.TemplateProcessing(
             single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1", special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])])
     for key, value in options.items():
         setattr(core, key, value)
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unk, cls_token=cls, sep_token=sep, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unk, cls_token=cls, sep_token=sep, model_input_names=names,
+                            **special).save_pretrained(folder)
 
 
 def lines(path):

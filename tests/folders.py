@@ -1,0 +1,41 @@
+"""Tiny random models saved as a user's own folders, so that loading and tasks are tested without any download."""
+
+import torch
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] good bad fine awful the a film was is it not very plot cast and of 0 1 2 3 4 5 6 7 8 9".split()
+
+
+def tokenizer(folder, decoder=False):
+    from tokenizers import pre_tokenizers
+
+    from luthier.zoo.convert import vocabulary_tokenizer
+    special = dict(pad_token="[PAD]") | (dict(eos_token="[SEP]") if decoder else {})
+    ends = () if decoder else ("[CLS]", "[SEP]")
+    vocabulary_tokenizer({w: i for i, w in enumerate(WORDS)}, pre_tokenizers.Whitespace(), "[UNK]", special, folder, *ends)
+
+
+def bert(folder):
+    from transformers import BertConfig, BertModel
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                         max_position_embeddings=32)).save_pretrained(folder)
+    tokenizer(folder)
+    return str(folder)
+
+
+def llama(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                 intermediate_size=32, max_position_embeddings=64, eos_token_id=3, bos_token_id=2,
+                                 pad_token_id=0)).save_pretrained(folder)
+    tokenizer(folder, decoder=True)
+    return str(folder)
+
+
+def vit(folder, size=16):
+    from transformers import ViTConfig, ViTModel
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=size,
+                       patch_size=8)).save_pretrained(folder)
+    return str(folder)
