@@ -1,1 +1,17 @@
-"""Compare ways of tuning one model on one task at equal budget, and say in plain words which pays off."""
+"""Compare ways of tuning one model on one task at equal budget, and say in plain words which pays off.
+
+    from luthier.compare import compare, report, table
+    document = compare("reviews.csv", "minilm", "probe, full, lora(rank=8)", seeds=3, out="runs/reviews")     # results.json
+    print(table.show(document))                                                                               # the terminal's table
+    report.write(document, "runs/reviews")                                                                    # report.html, pareto.png
+"""
+
+__all__ = ["compare"]
+
+
+def __getattr__(name):
+    if name != "compare":
+        raise AttributeError(f"module 'luthier.compare' has no attribute {name!r}")
+    from .run import compare
+
+    return compare

@@ -1,0 +1,84 @@
+"""What a chain costs on this machine, each figure taken beside its reference: memory, step time against tuning everything, latency
+against the untouched model. The two sides run in turns (A B A B), so that what else the machine does hits both."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..cost import latency, peak
+from ..errors import BadOrder, LuthierError, NotMergeable
+from .fit import WHOLE, ready
+
+ROUNDS = 9
+
+
+class Meter:
+    """Measures chains on one task. The reference (everything trains) and the bare model are made once and kept."""
+
+    def __init__(self, task, batch_size, seed=0):
+        self.task, self.seed = task, seed
+        self.batch = next(iter(task.batches("train", batch_size, seed=seed)))
+        self.one = {k: v for k, v in next(iter(task.batches("train", 1, seed=seed))).items()}
+        self.bare = task.build(seed=seed)
+        try:
+            self.reference = self._step(self._ready(WHOLE))
+        except LuthierError:                               # a model with places where not everything can train
+            self.reference = None
+
+    def _ready(self, chain):
+        return ready(self.task, chain, self.seed, len(next(iter(self.batch.values()))))
+
+    def _step(self, tuned):
+        """A function that does one whole train step."""
+        tuned.train()
+        tuned.total_steps = 1000
+        optimizer = torch.optim.AdamW([p for _, p in tuned.trainable()], lr=1e-5)
+
+        def step():
+            (self.task.loss(tuned, self.batch) + tuned.penalty()).backward()
+            optimizer.step()
+            tuned.step(optimizer)
+            optimizer.zero_grad()
+
+        step.holds = lambda: [*tuned.parameters(), *tuned.buffers(), *self.batch.values(),
+                              *(v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))]
+        return step
+
+    def __call__(self, chain):
+        """{"memory": bytes, "step": ratio or None, "step_seconds", "latency": ratio, "latency_seconds", "merged", "threads"}"""
+        tuned = self._ready(chain)
+        step = self._step(tuned)
+        step()                                             # the optimizer's memory is there from the second step on
+        memory = peak(step, touched(step, step.holds()))
+        mine, whole = latency([step, self.reference], ROUNDS) if self.reference else (latency([step], ROUNDS)[0], None)
+        tuned.eval()
+        merged = True
+        try:
+            tuned.merge()
+        except (NotMergeable, BadOrder):
+            merged = False
+        with torch.no_grad():
+            ours, base = latency([lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one)], 3 * ROUNDS)
+        return {"memory": memory, "step": whole and mine / whole, "step_seconds": mine, "latency": ours / base, "latency_seconds": ours,
+                "merged": merged, "threads": torch.get_num_threads()}
+
+
+class _Touch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.storages = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.storages |= {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def touched(fn, tensors):
+    """Those of `tensors` that some operator of fn() is given. The rest need not be in memory: where a method has put a copy in a
+    weight's place, the base weight is not counted against it."""
+    with _Touch() as touch:
+        fn()
+    return [t for t in tensors if t.untyped_storage()._cdata in touch.storages]
+
+
+

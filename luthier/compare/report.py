@@ -1,0 +1,216 @@
+"""report.html (self-contained: table, plots, answer, settings, how to run it again) and pareto.png."""
+
+import base64
+import html
+import io
+import json
+import os
+from pathlib import Path
+
+from .rows import COSTS, answer, brief, rows
+from .table import COLUMNS, cells, ordered, score
+
+AXES = (("trained", "trained parameters", 1, True), ("memory", "peak training memory, MB", 1e-6, False),
+        ("step", "step time / full", 1, False))
+INK, GREY, FRONT, PICK = "#1f2430", "#8a93a3", "#2f6f8f", "#c8553d"
+
+
+def write(document, out):
+    """Write both files into the folder `out`; returns their paths."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    found, said = ordered(document), answer(document)
+    picture = plot(document, found, said)
+    text = page(document, found, said, picture)
+    for name, data in (("pareto.png", picture), ("report.html", text.encode())):
+        partial = out / f".{name}-{os.getpid()}"
+        partial.write_bytes(data)
+        os.replace(partial, out / name)
+    return out / "report.html", out / "pareto.png"
+
+
+# -- the picture ----------------------------------------------------------------------------------------------------------
+
+
+def plot(document, found=None, said=None):
+    """PNG bytes: the score against each cost, one panel a cost; the Pareto front is a line, the pick is red."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found, said = found or ordered(document, rows(document)), said or answer(document)
+    axes = [a for a in AXES if any(r["mean"] is not None and r[a[0]] is not None for r in found)]
+    with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 10, "axes.edgecolor": GREY, "text.color": INK,
+                                "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
+        figure = Figure(figsize=(4.3 * max(1, len(axes)), 4.7), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, max(1, len(axes)), sharey=True, squeeze=False)[0]
+        for panel, axis in zip(panels, axes, strict=False):
+            _panel(panel, axis, [r for r in found if r["mean"] is not None and r[axis[0]] is not None], said)
+        panels[0].set_ylabel(f"{document['task']['metric']} (mean, 95% interval)")
+        for panel in panels:
+            panel.label_outer()
+        figure.canvas.draw()
+        for panel in panels:
+            _labels(figure, panel, said)
+        setting = document["setting"]
+        figure.suptitle(f"{setting['model']} on {setting['data']}: what each way of tuning buys", x=0.01, ha="left", fontsize=13,
+                        fontweight="bold")
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _panel(panel, axis, found, said):
+    key, title, unit, log = axis
+    panel.set_xlabel(title)
+    if log:
+        panel.set_xscale("log")
+    panel.grid(True, color="#e6e9ee", linewidth=0.8)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    front = sorted((r for r in found if key in r["front"]), key=lambda r: r[key])
+    panel.plot([r[key] * unit for r in front], [r["mean"] for r in front], color=FRONT, linewidth=1.6, alpha=0.8, zorder=2)
+    scores = [r["mean"] for r in found]
+    low, high = min(scores), max(scores)
+    room = max(high - low, 1e-3)
+    for r in found:
+        colour = PICK if r["chain"] == said["pick"] else FRONT if key in r["front"] else GREY
+        half = (r["high"] - r["low"]) / 2
+        if half < float("inf"):
+            panel.errorbar(r[key] * unit, r["mean"], half, color=colour, alpha=0.35, linewidth=1.2, capsize=0, zorder=1)
+        panel.scatter(r[key] * unit, r["mean"], s=52, color=colour, edgecolor="white", linewidth=0.9, zorder=3)
+    panel.set_ylim(low - 0.25 * room, high + 0.25 * room)
+    panel.margins(x=0.28)
+    panel.points = [(r["chain"], r[key] * unit, r["mean"], key in r["front"]) for r in found]
+
+
+def _labels(figure, panel, said):
+    """Names beside the points, moved apart in height until none covers another; a thin line leads to those that moved."""
+    from matplotlib.patheffects import withStroke
+
+    points, gap = getattr(panel, "points", []), 13.0 * figure.dpi / 100
+    box = panel.get_window_extent()
+    placed = []
+    for chain, x, y, front in sorted(points, key=lambda p: -p[2]):
+        px, py = panel.transData.transform((x, y))
+        text = brief(chain)
+        text = text if len(text) <= 30 else text[:29] + "…"
+        width = (len(text) * 5.6 + 6) * figure.dpi / 100
+        right = px + 10 + width < box.x1 + 4 or px - box.x0 < width
+        left_edge = px + 10 if right else px - 10 - width
+        top = py
+        while any(abs(top - q) < gap and left_edge < e and left_edge + width > s for q, s, e in placed):
+            top -= 2.0
+        placed.append((top, left_edge, left_edge + width))
+        pick = chain == said["pick"]
+        name = panel.annotate(text, (x, y), xytext=((10 if right else -10) * 72 / figure.dpi, (top - py) * 72 / figure.dpi),
+                       textcoords="offset points", ha="left" if right else "right", va="center", fontsize=8.2,
+                       color=PICK if pick else INK if front else "#5d6675", fontweight="bold" if pick else "normal", zorder=4,
+                       arrowprops=dict(arrowstyle="-", color="#c3c9d2", linewidth=0.7, shrinkA=0, shrinkB=3) if py - top > 4 else None)
+        name.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+# -- the page -------------------------------------------------------------------------------------------------------------
+
+
+STYLE = """
+:root { --ink: #1f2430; --soft: #5d6675; --line: #e3e7ec; --pick: #c8553d; --front: #2f6f8f; --wash: #f6f7f9 }
+* { box-sizing: border-box }
+body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px } h2 { font-size: 18px; margin: 40px 0 10px }
+p { margin: 0 0 10px; max-width: 76ch } .soft { color: var(--soft) }
+.answer { background: var(--wash); border-left: 4px solid var(--pick); padding: 16px 20px; margin: 24px 0; border-radius: 0 6px 6px 0 }
+.answer p:first-child { font-size: 20px; font-weight: 650 } .answer p:last-child { margin: 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--ink) } th:first-child, td:first-child { text-align: left }
+td:first-child, code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 13.5px }
+tr.pick td { background: #fdf3f0 } tr.pick td:first-child { color: var(--pick); font-weight: 700 }
+td.front { color: var(--front); font-weight: 650 } td.front::after { content: " ◆"; font-size: 9px; vertical-align: 2px }
+td:not(.front)::after { content: " ◆"; font-size: 9px; visibility: hidden } td:nth-child(-n+2)::after { content: "" !important }
+.bar { display: inline-block; height: 8px; border-radius: 2px; background: var(--line); margin-left: 8px; vertical-align: 1px }
+img { width: 100%; height: auto; display: block; margin: 8px 0 }
+pre { background: var(--wash); padding: 12px 16px; border-radius: 6px; overflow-x: auto; margin: 0 0 10px }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; font-size: 14.5px }
+dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+"""
+
+
+def page(document, found, said, picture):
+    e = html.escape
+    task, setting, n = document["task"], document["setting"], max((len(r["scores"]) for r in found), default=0)
+    sizes = task["sizes"]
+    body = "".join(_row(r, said) for r in found)
+    image = base64.b64encode(picture).decode()
+    facts = {"Model": setting["model"], "Data": setting["data"], "Task": f"{task['kind']}; " + ", ".join(
+                 f"{split} {k:,}" for split, k in sizes.items()),
+             "Score": f"{task['metric']} on the test split, {'higher' if task['higher'] else 'lower'} is better",
+             "Budget": f"the same for all: {setting['epochs']} epochs, batches of {setting['batch_size']}, AdamW, warm-up then linear decay",
+             "Learning rate": _rates(document, found), "Seeds": ", ".join(map(str, setting["seeds"])),
+             "Machine": _machine(document["machine"]), "Versions": ", ".join(f"{k} {v}" for k, v in document["versions"].items())}
+    if task.get("notes"):
+        facts["Data notes"] = "; ".join(task["notes"])
+    listed = "".join(f"<dt>{e(k)}</dt><dd>{e(str(v))}</dd>" for k, v in facts.items())
+    heads = "".join(f"<th>{e(t)}</th>" for t in ["method", f"{task['metric']} (n={n})", *(title for _, title, _ in COLUMNS)])
+    again = f"<h2>Run it again</h2><pre>{e(document['command'])}</pre>" if document["command"] else ""
+    raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "low", "high", "lr", *COSTS)} for r in found]
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{e(setting['model'])} on {e(setting['data'])}: which way of tuning?</title><style>{STYLE}</style>
+<main>
+<h1>Which way of tuning {e(setting['model'])}?</h1>
+<p class="soft">{len(found)} ways on {e(setting['data'])}, {n} seed{'s'[: n != 1]}, equal budget, every cost measured.</p>
+<div class="answer">{''.join(f'<p>{e(t)}</p>' for t in said['text'])}</div>
+<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
+<p class="soft" style="margin-top:10px">± is the half width of the 95% t-interval over seeds. ◆: no other way is both better and cheaper
+in that cost (Pareto front).</p>
+<h2>Score against cost</h2>
+<img alt="Score against trained parameters, peak memory and step time; the Pareto front is drawn as a line"
+src="data:image/png;base64,{image}">
+<h2>How the figures were taken</h2>
+<dl>
+<dt>trained</dt><dd>numbers that the optimizer changes, the new head included</dd>
+<dt>stored</dt><dd>bytes of the saved folder, on disk, after training</dd>
+<dt>peak memory</dt><dd>most bytes alive at once in one train step, counted over all tensors that the step touches: weights, states,
+gradients, optimizer, activations. Weights that the step never reads are not counted</dd>
+<dt>step / full</dt><dd>median time of a train step relative to tuning everything, the two run in turns in one process</dd>
+<dt>latency / base</dt><dd>median time of one input relative to the untouched model, in turns; merged into the weights where the
+method can be merged ({e(_merged(found))})</dd>
+</dl>
+<h2>Settings</h2><dl>{listed}</dl>
+{again}
+<script type="application/json" id="results">{json.dumps(raw).replace('<', chr(92) + 'u003c')}</script>
+</main></html>
+"""
+
+
+def _row(r, said):
+    shown = cells(r)
+    tds = [f"<td>{html.escape(brief(r['chain']))}</td>", f"<td>{shown[0]}</td>"]
+    if r["failed"]:
+        tds[1] = f"<td title=\"{html.escape(r['failed'])}\">{score(r)}{'' if r['mean'] is None else ' (a run stopped)'}</td>"
+    tds += [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _), text in zip(COLUMNS, shown[1:], strict=True)]
+    return f"<tr{' class=pick' if r['chain'] == said['pick'] else ''}>{''.join(tds)}</tr>"
+
+
+def _rates(document, found):
+    grid = document["setting"]["grid"]
+    rates = {r["chain"]: r["lr"] for r in found if r["lr"] is not None}
+    if grid:
+        return (f"searched alike for every method over {', '.join(f'{g:g}' for g in grid)} on the validation split; found: "
+                + ", ".join(f"{brief(c)} {v:g}" for c, v in rates.items()))
+    if len(set(rates.values())) == 1:
+        return f"{next(iter(rates.values())):g} for all; --tune-lr searches one for each"
+    return "given for each: " + ", ".join(f"{brief(c)} {v:g}" for c, v in rates.items())
+
+
+def _machine(m):
+    return f"{m['processor']}, {m['cores']} cores, {m['threads']} threads" + (f", {m['gpu']}" if m["gpu"] else "") + f", {m['system']}"
+
+
+def _merged(found):
+    names = [brief(r["chain"]) for r in found if r["merged"]]
+    return ("here: " + ", ".join(names)) if names else "here: none"

@@ -1,0 +1,64 @@
+"""The comparison as one plain-text table: aligned, without colours, the best first."""
+
+import math
+
+from .rows import answer, brief, rows
+
+
+def count(n):
+    """12345678 -> 12.3M"""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.3g}{unit}" if n < 999.5 * limit else f"{n / limit:.0f}{unit}"
+    return f"{n:.0f}"
+
+
+def size(n):
+    """Bytes -> 12.3 MB (powers of ten)"""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            return f"{n / limit:.3g} {unit}" if n < 999.5 * limit else f"{n / limit:.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def times(ratio):
+    return f"{ratio:.2f}×"
+
+
+def score(row):
+    if row["mean"] is None:
+        return "no result"
+    half = (row["high"] - row["low"]) / 2
+    digits = 1 if abs(row["mean"]) >= 100 else 2 if abs(row["mean"]) >= 10 else 4
+    return f"{row['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+COLUMNS = (("trained", "trained", count), ("stored", "stored", size), ("memory", "peak memory", size), ("step", "step / full", times),
+           ("latency", "latency / base", times))
+
+
+def ordered(document, found=None):
+    """Best first; what has no result last."""
+    sign = -1 if document["task"]["higher"] else 1
+    return sorted(found or rows(document), key=lambda r: (r["mean"] is None, sign * (r["mean"] or 0)))
+
+
+def cells(row):
+    return [score(row), *("–" if row[key] is None else show(row[key]) for key, _, show in COLUMNS)]
+
+
+def show(document):
+    """The table, what its marks mean, and the answer in plain words."""
+    found, said = ordered(document), answer(document)
+    n = max((len(r["scores"]) for r in found), default=0)
+    head = ["", "method", f"{document['task']['metric']} (n={n})", *(title for _, title, _ in COLUMNS)]
+    lines = [head] + [["*" if r["chain"] == said["pick"] else "", brief(r["chain"]), *cells(r)] for r in found]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    out = ["  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+           for line in lines]
+    out.insert(1, "  ".join("─" * w for w in widths))
+    task, setting = document["task"], document["setting"]
+    sizes = task["sizes"]
+    above = (f"{setting['model']} on {setting['data']}: {task['kind']}, {sizes['train']:,} rows to train, {sizes['test']:,} to test, "
+             f"{setting['epochs']} epochs of batches of {setting['batch_size']}; mean and 95% interval over {n} seed{'s'[: n != 1]}")
+    return "\n".join([above, "", *out, "", "* " + " ".join(said["text"])])
