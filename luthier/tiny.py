@@ -49,10 +49,11 @@ def _clip(t):                            # two towers
 
 def _resnet(t):                          # convolutions
     return t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1],
-                                                         layer_type="basic", num_labels=5))
+                                                         layer_type="basic", hidden_act="gelu",
+                                                         num_labels=5))
 
 
-MODELS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "vit": _vit, "dinov2": _dinov2, "clip": _clip, "resnet": _resnet}
+MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, resnet=_resnet)
 
 
 @functools.cache
