@@ -468,6 +468,20 @@ def test_pitome_in_vit_layer_by_layer():
     assert lengths[:3] == [13, 10, 8]                                 # 17 tokens: 16 -> 12 -> 9 -> 7 beside [CLS]
 
 
+def test_pitome_behind_a_prefix():
+    """Keys that are no tokens are not merged and weigh as one each."""
+    torch.manual_seed(0)
+    t = Tokens(torch.randn(1, 4, 8), {"size": torch.tensor([1.0, 2.0, 1.0, 3.0]).view(1, 4, 1)}, fixed=1)
+    q, k, v = torch.randn(3, 1, 2, 4, 4)
+    K, V = torch.randn(2, 2, 4), torch.randn(2, 2, 4)
+    a = prefix(reparam=False).attend(Attention(q, k, v, t), state(K=K, V=V))
+    a = pitome().attend(a, state())
+    close(a.t.lanes["0:test"], k.mean(1))
+    every, size = torch.cat([K.transpose(0, 1)[None], k], 2), torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0, 3.0])
+    w = size * torch.exp(q @ every.mT / 2)
+    close(a.run(), w / w.sum(-1, keepdim=True) @ torch.cat([V.transpose(0, 1)[None], v], 2))
+
+
 def test_pitome_keeps_everything_or_refuses():
     base, b = model("vit"), batch("vit")
     want = base(**b).logits

@@ -10,7 +10,7 @@ r tokens of A with the closest partner merge. Special and inserted tokens never 
 """
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from luthier.errors import DoesNotFit
 from luthier.method import Method, method
@@ -29,6 +29,7 @@ class pitome(Method):
     alpha: float = 1.0
     limits = {"keep": (0.5, 1)}
     exempt = {"identity_at_init": "merges tokens"}
+    example = {"keep": 0.6}
 
     def init(self, site):
         if site.stack.causal:
@@ -36,10 +37,11 @@ class pitome(Method):
                              "the future. Use it on an encoder: pitome(at=\"encoder.block.*.attn encoder.block.*.mid\").")
         return dict(m=self.margin * (1 - site.block / site.stack.n_blocks))
 
-    def attend(self, a, p):                # a.k: (B, H, T, Dh)
+    def attend(self, a, p):                # a.k: (B, H, T, Dh); further keys, a prefix, stand before the tokens' own
+        own = a.k[:, :, -a.q.shape[2]:]
         if "size" in a.t.lanes:
-            a = a.bias(a.t.size.log()[:, None, None, :, 0])
-        return a.lane(p.key, a.k.detach().mean(1))
+            a = a.bias(pad(a.t.size[..., 0].log(), (a.k.shape[2] - own.shape[2], 0))[:, None, None])
+        return a.lane(p.key, own.detach().mean(1))
 
     def stream(self, t, p):                # (B, T, D) -> (B, T - r, D)
         k = normalize(t.lanes[p.key][:, t.fixed:].float(), dim=-1)     # (B, N, Dh)
