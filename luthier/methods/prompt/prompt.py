@@ -19,8 +19,8 @@ class prompt(Method):
 
     def init(self, site):                  # trains n D
         embed = getattr(site.stack.embed_module, "weight", None)
-        if site.tower == "decoder":
-            return None
+        if site.tower == "decoder" and site.n_sites > 1:
+            return None                    # unless it is the decoder alone that was pointed at
         if not self.vocab or embed is None or embed.dim() != 2 or embed.shape[1] != site.d_out:
             return dict(P=site.normal(self.n, site.d_out, std=self.std))
         rows = site.random(len(embed)).topk(self.n).indices            # n different tokens
