@@ -246,7 +246,8 @@ def test_scales_and_shifts_by_hand():
 
 def test_ssf_is_applied_to_the_features_of_linear_conv_and_norm():
     gamma, beta = torch.randn(6), torch.randn(6)
-    for layout, module, x in [("linear", nn.Linear(4, 6), torch.randn(3, 4)), ("conv", nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)),
+    for layout, module, x in [("linear", nn.Linear(4, 6), torch.randn(3, 4)),
+                              ("conv", nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)),
                               ("norm", nn.LayerNorm(6), torch.randn(3, 6))]:
         s = Site("s", "weight", module, "m", layout=layout, d_out=6, param="weight", bias="bias")
         p = fill(state(ssf(), s), gamma=gamma, beta=beta)
@@ -435,3 +436,43 @@ def test_spiel_gathers_nothing_in_eval():
         spiel(every=5, gather=5)
     with pytest.raises(ScheduleNotStepped, match="total_steps"):
         spiel().step(Run({"s": p}, 1, None))
+
+
+def _process(rank, port, found):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    import luthier
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    tuned = luthier.attach(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)),
+                           'spiel(at="all", density=0.1, every=4, gather=2)').train()
+    tuned.total_steps, wrapped = 9, DistributedDataParallel(tuned)
+    opt = torch.optim.Adam([t for _, t in tuned.trainable()], lr=0.02)
+    torch.manual_seed(rank)                                                     # each process sees other data
+    same, seen = True, set()
+    for _ in range(6):
+        wrapped(torch.randn(5, 8)).square().sum().backward()
+        opt.step()
+        tuned.step(opt)
+        opt.zero_grad()
+        for t in [t for p in tuned.states.values() for t in (p.idx, p.v.data)]:
+            both = [torch.zeros_like(t) for _ in range(2)]
+            distributed.all_gather(both, t)
+            same = same and torch.equal(*both)
+            seen.add(tuple(t.tolist()))
+    found[rank] = same and len(seen) > 6
+    distributed.destroy_process_group()
+
+
+def test_spiel_chooses_the_same_entries_in_every_process():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    found = torch.multiprocessing.get_context("spawn").Manager().dict()
+    torch.multiprocessing.spawn(_process, (port, found), nprocs=2)
+    assert dict(found) == {0: True, 1: True}

@@ -76,7 +76,7 @@ def randlora_pair(peft, names):
     def put(mod, p):
         mod.randlora_lambda["default"].data, mod.randlora_gamma["default"].data = p.L.data.T, p.G.data
         n, r = p.L.shape
-        B = p.B.view(-1, n, r).mT.reshape(-1, n, r)        # peft lays A out rank first and B base first: the columns pair crosswise
+        B = p.B.view(-1, n, r).mT.reshape(-1, n, r)           # peft pairs column j r + i of B with row i n + j of A
         mod.randlora_A, mod.randlora_B = BufferDict({"default": p.A[:, None]}), BufferDict({"default": B})
     return peft.RandLoraConfig(r=4, randlora_alpha=8, target_modules=names, save_projection=False), put
 
