@@ -51,10 +51,12 @@ RECURRENT = ({"x_proj", "dt_proj"}, {"rg_lru"}, {"conv1d", "in_proj", "out_proj"
 
 # ---- 1. the walk -------------------------------------------------------------------------------------------------------
 @lru_cache(None)
-def call_order(cls):
-    """{name: rank} of the attributes cls.forward uses, by when they are first called: a(b(x)) calls b first. Own methods are read
-    in their place; what is never called, such as a list of blocks, counts where it is last looked at."""
-    events, busy = [], set()                                        # (name, called)
+def calls(cls):
+    """How cls.forward uses its attributes, its own methods read in their place.
+
+    order: {name: rank} by when each is first called, a(b(x)) calling b first; what is never called, such as a list of blocks, counts
+    where it is last looked at. reads: names whose `.weight` forward takes for itself, beside asking for its dtype."""
+    events, reads, busy = [], set(), set()                          # events: (name, called)
 
     def read(function):
         code = getattr(inspect.unwrap(function), "__code__", function if inspect.iscode(function) else None)
@@ -66,10 +68,12 @@ def call_order(cls):
         for op in ops:
             if op.opname.startswith("CALL"):
                 ends[at[op.offset]].append(op.offset)
-        for op in ops:                                              # it is called where the call that starts at its place ends
-            call = min((e for e in ends[at[op.offset]] if e > op.offset), default=None)
-            if op.opname in ("LOAD_ATTR", "LOAD_METHOD") or inspect.iscode(op.argval):
+        for op, then, after, last in zip(ops, ops[1:] + ops[:1], ops[2:] + ops[:2], ops[3:] + ops[:3], strict=True):
+            if op.opname in ("LOAD_ATTR", "LOAD_METHOD") or inspect.iscode(op.argval):      # called where the call begun here ends
+                call = min((e for e in ends[at[op.offset]] if e > op.offset), default=None)
                 used.append((op.offset if call is None else call, op.argval, call is not None))
+                asked = after.argval in ("dtype", "device", "shape", "size", "ndim") or last.argval == "Tensor"
+                reads.update([op.argval] if then.argval == "weight" and not asked else [])
         for _, name, called in sorted(used, key=lambda u: u[0]):
             own = name if inspect.iscode(name) else getattr(cls, name, None)
             if inspect.iscode(own) or inspect.isfunction(own):      # a comprehension, a method
@@ -78,7 +82,7 @@ def call_order(cls):
                 events.append((name, called))
     read(cls.forward)
     names = [n for n, _ in events]
-    return {n: events.index((n, True)) if (n, True) in events else len(names) - 1 - names[::-1].index(n) for n in set(names)}
+    return {n: events.index((n, True)) if (n, True) in events else len(names) - 1 - names[::-1].index(n) for n in set(names)}, reads
 
 
 def walk(model):
@@ -97,7 +101,7 @@ def walk(model):
                     for name in pair:
                         visit(f"{dot}{name}.{i}", kids[name]._modules.get(i))
         if len(kids) > 1 and not isinstance(module, LISTS):         # a child that forward never names stays beside its elder
-            rank, last, keyed = call_order(type(module)), -1, []
+            rank, last, keyed = calls(type(module))[0], -1, []
             for name in kids:
                 last = rank.get(name, last)
                 keyed.append((last, name))
@@ -233,8 +237,9 @@ class Block:
     def __init__(self, path, number, leaves, attentions, mixers, modules, config):
         self.path, self.number, self.modules, self.config, self.module = path, number, modules, config, modules[path]
         self.leaves = {x.path: x for x in leaves}
-        self.claims, self.streams, self.attends = [], [], []
-        self.part, self.names, self.holder, self.width, self.norm = {}, set(), None, 0, {}      # part: leaf path -> sublayer
+        self.claims, self.streams, self.attends = [], [], []        # (leaf, fields of a site) | (name, path, layout, mid) | ...
+        self.part, self.label = {}, {}                              # leaf path -> its sublayer, its (last) name
+        self.names, self.mlp_module, self.width, self.norm = set(), None, 0, {}
         for core, kids in attentions.items():
             self.attention(core, kids)
         for core in mixers:
@@ -243,8 +248,10 @@ class Block:
         self.mlps()
         self.convs()
         self.norms()
-        self.width = self.width or next((x.d_out for x in reversed(self.free.values()) if x.matrix), 0) or next(
-            (x.d_out for x in reversed(self.leaves.values()) if x.matrix), 0)
+        tail = [x for x in reversed(self.leaves.values()) if x.matrix]
+        self.width = self.width or next((x.d_out for x in tail if "short" not in self.label.get(x.path, "")), 0)
+        first = next((x.module for x in self.leaves.values() if x.kind == "conv"), None)
+        self.width_in = self.width if self.attends or first is None else first.in_channels
 
     @property
     def free(self):
@@ -259,44 +266,39 @@ class Block:
         self.names.add(group := group + str(n) * (n > 1))
         return group
 
-    def claim(self, leaf, role, part, name=None, **more):
-        self.claims.append((leaf, dict(role=role, name=name or role, **more)))
-        self.part[leaf.path] = part
-
-    def stream(self, name, path, layout, mid=None):
-        self.streams.append((name, path, layout, mid))
+    def claim(self, leaf, name, part, **more):
+        self.claims.append((leaf, dict(name=name, **more)))
+        self.part[leaf.path], self.label[leaf.path] = part, name
 
     def attention(self, core, kids):
         group, module = self.fresh("cross" if CROSS.search(self.rel(core)) else "attn"), self.modules[core]
         dot = core + "." if core else ""
-        if "mha" in kids:                                           # torch's own: its forward reads every parameter itself
+        if "mha" in kids:                                           # torch's own: q, k and v are parameters of the module itself
             heads, out = (module.num_heads, module.num_heads, module.head_dim), self.leaves[dot + "out_proj"]
+            whole, d = module.in_proj_weight is not None, module.embed_dim
+            bias = "in_proj_bias" if whole and module.in_proj_bias is not None else ""
             for i, r in enumerate("qkv"):
-                whole, d = module.in_proj_weight is not None, module.embed_dim
-                self.claim(self.leaves[core], f"{group}.{r}", group, param="in_proj_weight" if whole else f"{r}_proj_weight", heads=heads,
-                           bias="in_proj_bias" if whole and module.in_proj_bias is not None else "", rows=(i * d, i * d + d) if whole else None)
-            self.claim(out, f"{group}.o", group, reader=core, heads=heads)
+                self.claim(self.leaves[core], f"{group}.{r}", group, param="in_proj_weight" if whole else f"{r}_proj_weight", bias=bias,
+                           rows=(i * d, i * d + d) if whole else None, heads=heads)
         else:
             at = {r: self.leaves.get(dot + n) or self.leaves.get(f"{dot}{n}.0") for r, n in kids.items()}
             at = {r: x for r, x in at.items() if x is not None and x.matrix}
             out = at.pop("o", None) or self.output(core)
             heads = head_shape(module, self.config, at, out)
-            reader = core if "q_bias" in module._parameters and "linear" in call_order(type(module)) else None   # F.linear(x, qkv.weight)
             for r, x in sorted(at.items(), key=lambda a: ORDER.get(a[0], 0)):
                 split = fused_rows(module, x, heads, r, self.config) if r in ("qkv", "kv") else {r: None}
                 for one, rows in split.items():
-                    self.claim(x, f"{group}.{one}", group, rows=rows, heads=heads, reader=reader, after=next(iter(at.values())))
-            if out is not None:
-                self.claim(out, f"{group}.o", group, heads=heads)
+                    self.claim(x, f"{group}.{one}", group, rows=rows, heads=heads, after=next(iter(at.values())))
+        self.attends.append((group, core, heads))
         for x in self.free.values():
             if x.kind == "norm" and under(x.path, core) and re.match(r"(q|k|v|query|key|kv_a|q_a|kv_layer)_?\w*norm", x.name, re.I):
                 self.claim(x, f"{group}.{re.sub('_?layer_?norm|_?norm', '', x.name, flags=re.I)}_norm", group)
-        self.attends.append((group, core, heads))
         if out is not None:
+            self.claim(out, f"{group}.o", group, heads=heads)
             self.width = out.d_out
             inner = any(x.kind == "norm" and under(x.path, core) for x in self.free.values())       # the core adds and normalises
             whole = under(out.path, core) and core != self.path and not inner and not adds_residual(module)
-            self.stream(f"{group}.out", core if whole else out.path, "out")
+            self.streams.append((f"{group}.out", core if whole else out.path, "out", None))
 
     def output(self, core):
         """The output projection beside an attention core (BERT: attention.self and attention.output.dense)."""
@@ -309,15 +311,15 @@ class Block:
     def mixer(self, core):
         group = self.fresh("ssm")
         for p, x in self.free.items():
-            if under(p, core):
-                for k in x.params:
-                    name = re.sub(r"^linear_|_proj$|_?1d$|_log$", "", x.name if k == "weight" and p != core else k)
-                    self.claim(x, f"{group}.{name}", group, param=k)
-                    self.width = x.d_out if name == "out" else self.width
-        self.stream(f"{group}.out", core, "out")
+            for k in x.params if under(p, core) else ():
+                name = re.sub(r"^linear_|_proj$|_?1d$|_log$", "", x.name if k == "weight" and p != core else k)
+                self.claim(x, f"{group}.{name}", group, param=k)
+                self.width = x.d_out if name == "out" else self.width
+        self.streams.append((f"{group}.out", core, "out", None))
 
     def experts(self):
-        for x in list(self.free.values()):
+        """Experts stacked in 3-D parameters, and the router before any experts."""
+        for x in self.free.values():
             for k, p in x.own.items():
                 name = x.name if k == "weight" else k
                 if p.dim() != 3 or not STACKED.fullmatch(name):
@@ -326,72 +328,75 @@ class Block:
                 flip = getattr(x.module, "is_transposed", None)
                 flip = flip if flip is not None else p.shape[1] == self.width != p.shape[2] and not last
                 n, one = p.shape[2 if flip else 1], "down" if last else "gate" if re.match("gate|w1", name) else "up"
-                rows = {one: None} if not both else {"gate": (0, n // 2), "up": (n // 2, n)} if getattr(
-                    x.module, "is_concatenated", True) else {"gate": torch.arange(0, n, 2), "up": torch.arange(1, n, 2)}
+                halves = (0, n // 2), (n // 2, n)
+                if not getattr(x.module, "is_concatenated", True):
+                    halves = torch.arange(0, n, 2), torch.arange(1, n, 2)
                 for e in range(p.shape[0]):
-                    for r, part in rows.items():
-                        self.claim(x, f"mlp.expert.{r}", "mlp", f"mlp.expert.{e}.{r}", param=k, rows=part, index=e, layout="stack", turned=flip,
+                    for r, rows in zip(("gate", "up"), halves, strict=True) if both else ((one, None),):
+                        self.claim(x, f"mlp.expert.{e}.{r}", "mlp", param=k, rows=rows, index=e, layout="stack", turned=flip,
                                    bias=k + "_bias" if k + "_bias" in x.own else "")
-                self.holder = up(x.path) if k != "weight" else up(up(x.path))
-        moe = self.holder or any(EXPERT.search(p) for p in self.leaves)
-        for p, x in self.free.items():
-            if moe and re.search(r"(^|\.)(gate|router)(\.|$)", self.rel(p)) and "weight" in x.own and x.own["weight"].dim() == 2 and "proj" not in p:
-                self.claim(x, "mlp.router", "mlp", bias="bias" if "bias" in x.own else "")
-        if self.holder:
+                self.mlp_module = up(x.path) if k != "weight" else up(up(x.path))
+        if self.mlp_module or any(EXPERT.search(p) for p in self.leaves):
+            for p, x in self.free.items():
+                if re.search(r"(^|\.)(gate|router)(\.|$)", self.rel(p)) and "weight" in x.own and x.own["weight"].dim() == 2 and "proj" not in p:
+                    self.claim(x, "mlp.router", "mlp", bias="bias" if "bias" in x.own else "")
+        if self.mlp_module:
             self.names.add("mlp")
-            self.ends(self.holder, "mlp")
+            self.mlp_streams("mlp", self.mlp_module)
 
     def mlps(self):
+        """Matrices left over that share a holder and fit as up (gate) and down."""
         groups, no_wide = defaultdict(list), not any(x.wide for x in self.leaves.values())
+        cores = {core for _, core, _ in self.attends} - {self.path}
         for p, x in self.free.items():
-            rel = self.rel(p)
-            if any(under(p, core) and core != self.path for _, core, _ in self.attends):
+            rel, expert, key = self.rel(p), EXPERT.search(self.rel(p)), ""
+            pair = re.match(r"(intermediate|output)(_\w+)?\.", rel)   # BERT: intermediate.dense and output.dense
+            if not x.matrix or within(p, cores) or x.kind == "conv" and (x.wide or not (no_wide or re.search(r"fc|pwconv|mlp|ffn", rel))):
                 continue
-            if not x.matrix or x.kind == "conv" and (x.wide or not (no_wide or re.search(r"fc|pwconv|mlp|ffn", rel))):
-                continue
-            parts, expert = rel.split("."), EXPERT.search(rel)
-            beside = re.match(r"(intermediate|output)(_\w+)?\.", rel)           # BERT: intermediate.dense and output.dense
-            n = next((i + 1 for i, c in enumerate(parts[:-1]) if not isinstance(self.modules[self.join(parts[:i + 1])], nn.ModuleList)
-                      and not re.search("mixer", c)), 0)
-            key = ".".join(parts[:n]) if not beside or no_wide and x.kind == "conv" else beside[2] or ""
+            for part in rel.split(".")[:-1] if not pair or x.kind == "conv" else ():
+                key = f"{key}.{part}" if key else part
+                if not isinstance(self.modules[self.join(key)], nn.ModuleList) and "mixer" not in part:
+                    break
             if not NOT_MLP.search(key):
-                groups[key, expert[0] if expert else ""].append(x)
+                groups[pair[2] or "" if pair else key, expert and expert[0]].append(x)
         for (key, expert), xs in groups.items():
-            self.mlp(key, expert and (EXPERT.search(expert)[1] or "shared"), xs)
+            number = expert and EXPERT.search(expert)[1]
+            self.mlp(key, xs, f"expert.{number}." if number else "shared." if expert else "")
 
-    def join(self, parts):
-        return ".".join([self.path] * bool(self.path) + parts)
+    def join(self, rel):
+        return f"{self.path}.{rel}" if self.path else rel
 
-    def mlp(self, key, expert, xs):
+    def mlp(self, key, xs, middle):
         roles = mlp_roles(xs)
         if roles is None:
             return
-        group = "mlp" if expert else self.fresh("mix" if re.search("token|patch_mixer", key) else "mlp")
-        at = "" if not expert else "shared." if expert == "shared" else f"expert.{expert}."
+        group = "mlp" if middle else self.fresh("mix" if re.search("token|patch_mixer", key) else "mlp")
         fused = roles["up"].d_out == 2 * roles["down"].d_in and "gate" not in roles
         for r, x in roles.items():
             parent, half = self.modules[up(x.path)], x.d_out // 2
-            late = UP_FIRST.search(type(parent).__name__) or getattr(parent, "gate_last", False)
-            for i, one in enumerate((("up", "gate") if late else ("gate", "up")) if fused and r == "up" else (r,)):
-                rows = (i * half, i * half + half) if fused and r == "up" else None
-                self.claim(x, f"{group}.{at.replace(str(expert), '').replace('..', '.') if at else ''}{one}" if expert != "shared" else
-                           f"{group}.shared.{one}", group, f"{group}.{at}{one}", rows=rows)
+            if fused and r == "up":
+                late = UP_FIRST.search(type(parent).__name__) or getattr(parent, "gate_last", False)
+                for i, one in enumerate(("up", "gate") if late else ("gate", "up")):
+                    self.claim(x, f"{group}.{middle}{one}", group, rows=(i * half, i * half + half))
+            else:
+                self.claim(x, f"{group}.{middle}{r}", group)
         self.width = self.width or roles["down"].d_out * (group != "mix")
-        if expert and "mlp" in self.names:
+        if middle and "mlp" in self.names:
             return
-        self.names |= {"mlp"} if expert else set()
+        self.names.add(group)
         holder = common([x.path for x in roles.values()])
+        if middle:                                                  # the module that routes
+            holder = self.join(re.split(r"\.(?:experts|shared_?\w*)\.", self.rel(xs[0].path))[0])
         while holder and isinstance(self.modules[holder], nn.ModuleList):       # nobody calls a list
             holder = up(holder)
-        holder = holder if not expert else self.join(re.split(r"\.(?:experts|shared_?\w*)\.", self.rel(xs[0].path))[:1])
-        self.ends(holder, group, roles)
+        self.mlp_streams(group, holder, roles.get("gate", roles["up"]).path, roles["down"].path)
 
-    def ends(self, holder, group, roles=None):
-        whole = holder != self.path and under(holder, self.path) and not adds_residual(self.modules[holder])
-        if group == "mlp" and whole:
-            self.holder = holder
-        self.stream(f"{group}.in", holder if whole else roles.get("gate", roles["up"]).path, "in")
-        self.stream(f"{group}.out", holder if whole else roles["down"].path, "out")
+    def mlp_streams(self, group, holder, first=None, last=None):
+        if holder != self.path and under(holder, self.path) and not adds_residual(self.modules[holder]):
+            first = last = holder
+        if group == "mlp":
+            self.mlp_module = last
+        self.streams += [(f"{group}.in", first, "in", None), (f"{group}.out", last, "out", None)]
 
     def convs(self):
         count = defaultdict(int)
@@ -404,40 +409,40 @@ class Block:
 
     def norms(self):
         """Norms are told apart by where they stand: before the first sublayer, between two, or after the last."""
-        runs = []                                                   # sublayer names and lists of norms, in data order
-        last, taken = None, 0
+        runs, last = [], ""                                         # names of sublayers, and lists of norms, in data order
         for p, x in self.leaves.items():
-            if p in self.part and x.kind != "norm":
-                last = self.claims[[c[0] for c in self.claims].index(x)][1]["name"] if self.part[p] == "conv" else last
-                if not runs or runs[-1] != self.part[p]:
-                    runs.append(self.part[p])
-            elif x.kind == "norm" and p not in self.part and self.holder and self.holder != self.path and under(p, self.holder):
-                self.claim(x, f"mlp.{x.name.lower()}", "mlp")
-            elif x.kind == "norm" and p not in self.part and last and last.startswith("conv") and runs[-1] == "conv" and self.names <= {"conv"}:
-                self.claim(x, last + ".norm", "conv")
+            if x.kind != "norm" and p in self.part:
+                last = self.label[p]
+                runs += [self.part[p]] if not runs or runs[-1] != self.part[p] else []
             elif x.kind == "norm" and p not in self.part:
-                runs += [[x]] if not runs or isinstance(runs[-1], str) else []
-                runs[-1] += [x] * (runs[-1][0] is not x)
+                if self.mlp_module != self.path and self.mlp_module and under(p, self.mlp_module):
+                    self.claim(x, f"mlp.{x.name.lower()}", "mlp")
+                elif last.startswith("conv") and not self.names:
+                    self.claim(x, last + ".norm", "conv")
+                elif runs and isinstance(runs[-1], list):
+                    runs[-1].append(x)
+                else:
+                    runs.append([x])
         subs = list(dict.fromkeys(r for r in runs if isinstance(r, str)))
-        flag = next((bool(getattr(self.module, f)) for f in ("norm_first", "do_layer_norm_before", "normalize_before") if hasattr(self.module, f)), None)
-        pre = (bool(runs) and isinstance(runs[0], list)) if flag is None else flag
-        if flag is not None or hasattr(self.module, "use_parallel_residual"):       # forward holds both orders: one norm for each in turn
-            every, runs = [x for r in runs if isinstance(r, list) for x in r], []
+        flag = next((bool(getattr(self.module, f)) for f in ("norm_first", "do_layer_norm_before", "normalize_before")
+                     if hasattr(self.module, f)), None)
+        pre = bool(runs) and isinstance(runs[0], list) if flag is None else flag
+        if flag is not None or hasattr(self.module, "use_parallel_residual"):       # forward holds two orders: one norm for each
+            norms, runs = [x for r in runs if isinstance(r, list) for x in r], []
             for i, s in enumerate(subs):
-                runs += [every[i:i + 1], s] if pre else [s, every[i:i + 1]]
+                runs += [norms[i:i + 1], s] if pre else [s, norms[i:i + 1]]
         for i, run in enumerate(runs):
-            if isinstance(run, str):
-                continue
-            before = next((r for r in runs[i - 1::-1] if isinstance(r, str)), None) if i else None
-            after = [r for r in dict.fromkeys(r for r in runs[i:] if isinstance(r, str)) if r != before]
-            for n, x in enumerate(run):
-                ahead = after[n - len(run) + 1 if before else n:][:1] if pre or before == "conv" else []
-                ahead = [] if before and n < len(run) - 1 else ahead
-                name = f"{ahead[0]}.norm" if ahead else f"{before}.{'post_norm' if pre else 'norm'}" if before else ""
-                if name and name not in self.norm:
-                    self.norm[name] = x
-                    self.claim(x, name, "")
-                    taken += 1
+            if isinstance(run, list):
+                before = next((r for r in reversed(runs[:i]) if isinstance(r, str)), None)
+                after = [s for s in subs if s in runs[i:]]
+                alone = not any(isinstance(r, list) and r for r in runs[i + 1:])
+                for n, x in enumerate(run):                         # a leading pair is one for each parallel sublayer
+                    ahead = after[n:] if before is None and alone else after if n == len(run) - 1 else []
+                    ahead = ahead if pre or before == "conv" else []
+                    name = f"{ahead[0]}.norm" if ahead else f"{before}.{'post_norm' if pre else 'norm'}" if before else ""
+                    if name and name not in self.norm:
+                        self.norm[name] = x
+                        self.claim(x, name, "")
         self.middle(pre, subs)
 
     def middle(self, pre, subs):
@@ -445,21 +450,29 @@ class Block:
         heads = [s for s in subs[:subs.index("mlp")] if s.startswith(("attn", "ssm", "cross"))] if "mlp" in subs else []
         parallel = getattr(self.module, "use_parallel_residual", False) or getattr(self.config, "parallel_attn", False)
         norm = self.norm.get("mlp.norm") if pre else next((self.norm[f"{s}.norm"] for s in reversed(heads) if f"{s}.norm" in self.norm), None)
-        if not heads or parallel or norm is None:
+        if not heads or parallel or norm is None or self.mlp_module is None:
             return
+        both = common([norm.path, self.mlp_module + ".x"])
         if not pre:
-            self.stream("mid", norm.path, "out")
-        elif self.holder is not None:
-            both = common([norm.path, self.holder + ".x"])
-            if both != self.path and under(both, self.path) and not isinstance(self.modules[both], LISTS):
-                self.stream("mid", both, "in")                      # a sublayer that adds its own residual (T5)
-            else:
-                self.stream("mid", norm.path, "mid", (norm.module, self.modules[self.holder], self.module))
+            self.streams.append(("mid", norm.path, "out", None))
+        elif both != self.path and under(both, self.path) and not isinstance(self.modules[both], LISTS):
+            self.streams.append(("mid", both, "in", None))          # a sublayer that adds its own residual (T5)
+        else:
+            self.streams.append(("mid", norm.path, "mid", (norm.module, self.modules[self.mlp_module], self.module)))
 
 
 def adds_residual(module):
     """True when forward itself is given what it adds to (BLOOM's attention, BERT's output)."""
-    return bool({"residual", "input_tensor"} & set(inspect.signature(inspect.unwrap(type(module).forward)).parameters))
+    return bool({"residual", "input_tensor"} & arguments(module))
+
+
+@lru_cache(None)
+def _arguments(cls):
+    return frozenset(inspect.signature(inspect.unwrap(cls.forward)).parameters)
+
+
+def arguments(module):
+    return _arguments(type(module))
 
 
 def mlp_roles(xs):
@@ -534,10 +547,8 @@ def make_stack(name, blocks, modules, others):
     home = common([b.path + ".x" for b in blocks]) if len(blocks) > 1 else up(blocks[0].path)
     while home and isinstance(modules.get(home), LISTS):
         home = up(home)
-    def takes(a):
-        return set(inspect.signature(inspect.unwrap(type(modules[a]).forward)).parameters)
     alone = [a for a in chain(home) if not any(under(o, a) for o in others)] or [home]
-    path = next((a for a in alone if INPUTS & takes(a)), next((a for a in alone[::-1] if "attention_mask" in takes(a)), home))
+    path = next((a for a in alone if INPUTS & arguments(modules[a])), next((a for a in alone[::-1] if "attention_mask" in arguments(modules[a])), home))
     module, inside = modules[path], [m for p, m in modules.items() if under(p, path)]
     return Stack(name, module, path, blocks=tuple(b.module for b in blocks), dim=blocks[-1].width,
                  cross=any(a[0].startswith("cross") for b in blocks for a in b.attends), causal=is_causal(module, blocks, modules, path),
@@ -551,7 +562,7 @@ def is_causal(module, blocks, modules, path):
             n in ("bias", "mask", "tril", "causal_mask") and b is not None and b.dim() > 1 and b.shape[-1] == b.shape[-2] > 1
             for m in first for n, b in m._buffers.items()):
         return True
-    if any("ssm" in b.names or any(c["role"] == "attn.r" for _, c in b.claims) for b in blocks):
+    if any("ssm" in b.names or any(c["name"] == "attn.r" for _, c in b.claims) for b in blocks):
         return True
     used = inspect.unwrap(type(module).forward).__code__.co_names
     if any(re.search(r"(create|prepare)\w*causal", n) for n in used) and not any("bidirectional" in n for n in used):
@@ -689,7 +700,8 @@ def scan(model):
     for x in outside.leaves:
         for param in x.params:
             role, tower, stack = outside.roles[x.path, param]
-            found.append(((place[x.path], 0), weight(x, role, f"{tower}.{role}" if tower and role else role, param, tower=tower, stack=stack)))
+            found.append(((place[x.path], 0), weight(x, role, f"{tower}.{role}" if tower and role else role, modules, param, tower=tower,
+                                                 stack=stack)))
     paths = {id(m): p for p, m in modules.items()}
     for s in stacks:
         at, dot = place[paths[id(s.blocks[0])]], s.name + "." if s.name else ""
@@ -702,18 +714,21 @@ def scan(model):
     return named([s for _, s in sorted(found, key=lambda f: f[0])]), model, tuple(stacks)
 
 
-def weight(x, role, name, param="weight", bias=None, reader=None, layout=None, turned=None, after=None, modules=None, **more):
-    p = x.own[param]
+def weight(x, role, name, modules, param="weight", bias=None, layout=None, turned=None, after=None, **more):
+    """The Site of a leaf's parameter."""
+    p, module, path, rows = x.own[param], x.module, x.path, more.get("rows")
     layout = layout or (x.kind if param == "weight" else "raw")
     turned = layout in ("conv1d", "embedding") if turned is None else turned
     bias = x.bias if bias is None and param == "weight" else bias or ""
-    one = p if more.get("index") is None else p[more["index"]]
-    shape = (one.shape[0] if one.dim() else 1, one[0].numel() if one.dim() else 1)
+    shape = p.shape if more.get("index") is None else p.shape[1:]
+    shape = (shape[0], shape[1:].numel()) if len(shape) else (1, 1)
     d_out, d_in = shape[::-1] if turned else shape
-    rows, module, path = more.get("rows"), x.module, x.path
     if rows is not None:
         d_out = rows[1] - rows[0] if isinstance(rows, tuple) else len(rows)
-    if reader is not None:                                          # another module's forward reads this parameter itself
+    reader = up(path) if path and x.name in calls(type(modules[up(path)]))[1] else None
+    if (above := up(path if reader is None else reader)) in modules and isinstance(modules[above], nn.TransformerEncoderLayer):
+        reader = above                                              # torch's fast path takes every weight in the layer itself
+    if reader is not None:
         inner = path[len(reader) + 1:] if reader else path
         param, bias, path, module, layout = f"{inner}.{param}", f"{inner}.{bias}" if bias else "", reader, modules[reader], "raw"
     return Site(name or (f"{path}.{param}" if path else param), "weight", module, path, role, layout=layout, param=param, bias=bias,
@@ -721,26 +736,26 @@ def weight(x, role, name, param="weight", bias=None, reader=None, layout=None, t
 
 
 def block_sites(b, stack, found, place, ends):
+    """Append ((place, rank), site) for everything in one block."""
     mates, at = {}, f"{stack.name}.block.{b.number}" if stack.name else f"block.{b.number}"
 
     def put(key, tail, site):
         mates[tail] = site
         found.append((key, site))
 
-    def stream(tail, path, layout, key, mid=None, kind="stream", heads=None):
-        put(key, tail, Site(f"{at}.{tail}", kind, b.modules[path], path, tail, stack.name, layout, d_in=b.width, d_out=b.width, block=b.number,
+    def stream(tail, path, layout, key, mid=None, kind="stream", heads=None, d=b.width):
+        put(key, tail, Site(f"{at}.{tail}", kind, b.modules[path], path, tail, stack.name, layout, d_in=d, d_out=d, block=b.number,
                             heads=heads, stack=stack, mid=mid, mates=mates))
-    where = dict(tower=stack.name, stack=stack, block=b.number, mates=mates)
-    stream("in", b.path, "in", (place[b.path], -1))
+    where = dict(modules=b.modules, tower=stack.name, stack=stack, block=b.number, mates=mates)
+    stream("in", b.path, "in", (place[b.path], -2), d=b.width_in)
     claimed = defaultdict(set)
     for rank, (x, c) in enumerate(b.claims):
-        c = dict(c)
-        tail, after = c.pop("name"), c.pop("after", None) or x
+        name, start = c["name"], c.get("after") or x
         claimed[x.path] |= {c.get("param", "weight"), x.bias if c.get("bias") is None else c["bias"]}
-        put((place[after.path], rank / 1e6), tail, weight(x, c.pop("role"), f"{at}.{tail}", modules=b.modules, **where, **c))
+        put((place[start.path], rank / 1e6), name, weight(x, re.sub(r"expert\.\d+", "expert", name), **c | where | dict(name=f"{at}.{name}")))
     for p, x in b.leaves.items():
-        for param in [k for k in x.params if k not in claimed[p]]:
-            site = weight(x, "", "", param, **where)
+        for param in (k for k in x.params if k not in claimed[p]):
+            site = weight(x, "", "", param=param, **where)
             put((place[p], 1), site.name, site)
     for group, path, heads in b.attends:
         stream(group, path, "", (place[path], -1), kind="attend", heads=heads)

@@ -219,9 +219,9 @@ def sites(model):
 
 
 GROUPS = {
-    "linear": lambda s: s.block is not None and s.d_in > 1 and s.layout in ("linear", "conv1d", "stack") or bool(
-        s.block is not None and s.layout == "raw" and s.role.startswith(("attn.", "cross.")) and "." in s.param),
-    "conv": lambda s: s.block is not None and s.layout == "conv",
+    "linear": lambda s: s.block is not None and s.role != "mlp.router" and s.d_in > 1 and (s.layout in ("linear", "conv1d", "stack") or bool(
+        s.layout == "raw" and s.role and s.param.endswith("weight") and s.parameter.dim() == 2)),
+    "conv": lambda s: s.block is not None and (s.layout == "conv" or s.layout == "raw" and s.parameter.dim() > 2),
     "norm": lambda s: s.layout == "norm",
     "bias": lambda s: bool(s.bias),
     "weights": lambda s: s.block is not None,
