@@ -9,6 +9,7 @@ verdict is a function of stored figures, a test derives every stored verdict ane
 
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -56,7 +57,7 @@ def run(name, seeds=None, out=None):
     """Run one system's *works when* and write its record; returns the record."""
     from luthier.compare.stats import interval
 
-    module, began = runner(name), time.time()
+    module, began, spent = runner(name), time.time(), time.process_time()
     seeds = list(module.SEEDS) if seeds is None else parse_seeds(seeds)
     if len(seeds) < LEAST_SEEDS:
         raise LuthierError(f"{module.SYSTEM} needs {LEAST_SEEDS} seeds or more for an interval, not {len(seeds)}. Add seeds.")
@@ -67,7 +68,8 @@ def run(name, seeds=None, out=None):
         data=module.DATA, command=f"luthier evidence {id} --seeds {','.join(map(str, seeds))}", seeds=seeds,
         figures=figures, intervals={k: _plain(interval(v)) for k, v in figures["per_seed"].items()},
         verdict=verdict, reasons=list(reasons),
-        versions=_versions(), machine=_machine(), minutes=round((time.time() - began) / 60, 2))
+        versions=_versions(), machine=_machine(), minutes=round((time.time() - began) / 60, 2),
+        cpu_minutes=round((time.process_time() - spent) / 60, 2))
     problems = faults(found)
     if problems:
         raise BadState(f"The runner of {module.SYSTEM} made a record that is not whole: {'; '.join(problems)}.")
@@ -85,11 +87,16 @@ def faults(found):
     bad += [f"only {len(seeds)} seeds"] if len(set(seeds)) < LEAST_SEEDS else []
     bad += ["no figure a seed"] if not per_seed else []
     bad += [f"{k} has {len(v)} values for {len(seeds)} seeds" for k, v in per_seed.items() if len(v) != len(seeds)]
+    bad += [f"{k} holds what is no finite number" for k, v in per_seed.items() if not all(_finite(x) for x in v)]
     bad += [f"{k} has no interval" for k in per_seed if k not in found["intervals"]]
     bad += ["no reasons"] if not found["reasons"] else []
     command = f"luthier evidence {found['system']} --seeds {','.join(map(str, seeds))}"
     bad += [f"its command is {found['command']!r}, not {command!r}"] if found["command"] != command else []
     return bad
+
+
+def _finite(x):
+    return isinstance(x, int | float) and math.isfinite(x)
 
 
 # -- verdicts: every claim is a pair (met, sentence with the figures in it) ----------------------------------

@@ -94,8 +94,9 @@ def first(task, split="train", size=8):
 
 @torch.no_grad()
 def logits(model, batch):
+    """Logits, or the last hidden state of a model without a head."""
     out = model(**{k: v for k, v in batch.items() if k != "labels"})
-    return getattr(out, "logits", out)
+    return getattr(out, "logits", getattr(out, "last_hidden_state", out))
 
 
 @torch.no_grad()

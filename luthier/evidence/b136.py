@@ -28,6 +28,8 @@ def run(seeds):
     test = _bench.Shifted(task, "train", "val", "test")
     per_seed, facts = _bench.arms(test, {"probe": "probe()", "ssf": "ssf()"}, seeds, steps=60)
     facts["mechanics"] = {n: _bench.mechanics(m, x, "ssf()") for n, (m, x) in models().items()}
+    cnn, image = models()["effnet-lite0"]                    # its convolutions have no biases to fold into; its norms have
+    facts["mechanics"]["effnet-lite0, norms alone"] = _bench.mechanics(cnn, image, "ssf(at='norm')")
     return {"per_seed": per_seed, "facts": facts}
 
 

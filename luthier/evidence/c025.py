@@ -24,7 +24,7 @@ D, RANK, STEPS, RATES = 128, 16, 1500, (1e-3, 5e-3, 2e-2, 1e-1)
 @dataclass(frozen=True, repr=False)
 class vera(Method):
     """W' = W + diag(b) B diag(d) A: two vectors train, A and B are random, frozen and shared. arXiv:2310.11454 eq. 2"""
-    at: str = "linear"
+    at: str = "head"
     rank: int = 1024
 
     def init(self, site):
@@ -39,7 +39,7 @@ class vera(Method):
 
 def arms():
     n = -(-D // RANK)
-    return {"randlora": f"randlora(rank={RANK}, at='linear')", "lora": f"lora(rank={-(-n * (RANK + D) // (2 * D))}, at='linear')",
+    return {"randlora": f"randlora(rank={RANK}, at='head')", "lora": f"lora(rank={-(-n * (RANK + D) // (2 * D))}, at='head')",
             "vera": vera(rank=n * (RANK + D) - D)}
 
 

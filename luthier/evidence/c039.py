@@ -18,7 +18,7 @@ from luthier.methods.tokens.pitome import energy, pitome
 SYSTEM, METHODS, SEEDS, MINUTES = "C039", ("pitome",), (0, 1, 2, 3, 4), 15
 CLAIM = "At 40-60% of the FLOPs a smaller drop than with ToMe's matching; isolated tokens survive; a spectrally closer graph"
 BASELINE = "pitome(protect=False): ToMe's bipartite soft matching, same layers, same r"
-MODEL = "dinov2-s (22.1M), untuned, linear head"
+MODEL = "dinov2-s (22.1M), untuned, linear head on its CLS token"
 DATA = "CIFAR-10 at 112 px (64 patches): 300 train, 300 test images, drawn anew each seed"
 KEEPS = (0.925, 0.9, 0.875)
 
@@ -83,7 +83,7 @@ def run(seeds):
         per_seed.setdefault(name, []).append(value)
 
     for seed in seeds:
-        task = _bench.task("cifar10", "dinov2-s", train=300, test=300, image_size=112, seed=seed)
+        task = _bench.task("cifar10", "dinov2-s", train=300, test=300, image_size=112, seed=seed, pool="cls")
         model = task.build(seed).eval()
         head = fitted(*features(model, list(task.batches("train", 50, shuffle=False))))
         tests = list(task.batches("test", 50, shuffle=False))
