@@ -230,7 +230,7 @@ def read(folder):
         _finish(folder)
     for name in (RECIPE, STATE):
         path = folder / name
-        if not path.exists() and not path.is_symlink():
+        if not path.exists():
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
             raise BadState(f"{folder} holds no {name} (it holds {there}). Give a folder that save() or `luthier tune` wrote; "
                            "pickled files (.bin, .pt) are never read.")
@@ -307,7 +307,7 @@ def load(model, folder, name=None):
     try:
         chain = parse(recipe["chain"])
     except LuthierError as e:
-        raise BadState(f"{path}: its chain cannot be attached here. {e}") from e
+        raise BadState(f"{path}: its chain cannot be attached here. {' '.join(str(e).split())[:400]}") from e
     with _sense(path):
         _same_base(base, recipe, folder)
         found = [{s.name: s for s in step.sites} for step in plan(model, chain).steps]
