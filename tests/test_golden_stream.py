@@ -191,6 +191,14 @@ def test_vpt_by_hand_written_forward(deep):
     assert all(0.8 * bound < p.abs().max() <= bound for p in P)
 
 
+def test_vpt_finds_the_patch_size_in_timm():
+    timm = pytest.importorskip("timm")
+    tuned = attach(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval(), "vpt(n=20)")
+    bound = math.sqrt(6 / (3 * 16 * 16 + 192))
+    assert [*states(tuned, "vpt")] == ["embed", "block.1.in"]
+    assert all(0.99 * bound < p.P.abs().max() <= bound for p in states(tuned, "vpt").values())
+
+
 # -- prefixes -------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +278,13 @@ GATED = "petl(at='attn', form='softmax', composition='gated', width=5)"
 def test_petl_yields(name, one, other, rename):
     with torch.no_grad():
         pair(name, one, other, rename)
+
+
+def test_petl_as_a_weight():
+    p, W, x = state(D=torch.randn(2, 6), U=torch.randn(4, 2)), torch.randn(4, 6), torch.randn(3, 6)
+    m = petl(at="attn.q", form="linear", scale=0.5, width=2)
+    close(m.weight(W, p), W + 0.5 * p.U @ p.D)
+    close(m.fast(x, x @ W.T, p), x @ m.weight(W, p).T)
 
 
 def test_petl_yields_the_sequential_adapter():
