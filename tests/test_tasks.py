@@ -302,6 +302,35 @@ def test_shares_keep_proportions(labels, n):
             assert all(abs(got.count(k) / len(got) - labels.count(k) / len(labels)) < 0.2 for k in kinds)
 
 
+def test_rare_classes_stay_in_training(tmp_path):
+    rows = ROWS + [{"sentence": f"lone {i}", "stars": f"rare{i}"} for i in range(4)] + [{"sentence": "two", "stars": "pair"}] * 2
+    task = tasks.open(write(tmp_path / "a.csv", rows), seed=3)
+    assert len(task.labels) == 7 and any("4 classes have a single" in n or "5 classes have a single" in n for n in task.notes)
+    assert any("rows have a text that also stands in train" in n for n in task.notes)
+
+
+def test_columns_are_joined_renamed_and_checked(tmp_path, tiny):
+    rows = [{"q": f"the film {i}", "ctx": "very good", "a": f"it was {i % 9} {i}"} for i in range(30)]
+    path = write(tmp_path / "a.jsonl", rows)
+    task = tasks.open(path, model=tiny["llama"], columns={"prompt": "ctx + q", "response": "a"})
+    assert task.column(task.tables["test"], "prompt")[0].startswith("very good\nthe film")
+    model = task.build(0)
+    said = task.predict(model, {"ctx": "very good", "q": "the film 3"}, max_new_tokens=2)
+    assert said == task.predict(model, "very good\nthe film 3", max_new_tokens=2)
+    with pytest.raises(BadData, match="no such role"):
+        tasks.open(path, task="causal-lm", columns={"text": "q", "label": "a"})
+    rows = [{"text": "film", "label": i / 7} for i in range(30)]
+    assert tasks.open(write(tmp_path / "b.csv", rows), task="regression", columns={"label": "label"}).roles["target"] == "label"
+
+
+def test_tasks_travel_to_other_processes(tmp_path, tiny):
+    import pickle
+    task = tasks.open(write(tmp_path / "a.csv", ROWS), model=tiny["bert"])
+    there = pickle.loads(pickle.dumps(task))
+    pairs = zip(task.batches("train", 8), there.batches("train", 8), strict=True)
+    assert all(torch.equal(a[k], b[k]) for a, b in pairs for k in a)
+
+
 # metrics and pools, by hand
 
 def test_metrics_by_hand():

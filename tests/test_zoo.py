@@ -72,7 +72,7 @@ def test_dinov2_sees_what_survives_a_flip():
     ("antiberty", "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCAK", 0.85),
     ("rxnmapper", "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F", 0.85)])
 def test_masked_tokens_are_guessed(name, text, right):
-    """Every third token in turn is masked; the tokenizers were rebuilt, so this says that they number tokens as the model was trained."""
+    """Every third token in turn is masked. The tokenizers were rebuilt: this says that they number tokens as in training."""
     model, tokenizer = need(name), zoo.processor(name)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     place = torch.arange(1, ids.shape[1] - 1, 3)

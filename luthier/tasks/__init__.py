@@ -49,7 +49,9 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
                           "Splits: train, val, test.")
     data = find(source, seed)
     first = data.splits.get("train") or next(iter(data.splits.values()))
-    kind, found = _roles.guess(first.columns, data.source, task or data.task, columns or data.columns)
+    if set(columns or ()) <= set(data.columns) or not columns:       # what the user says wins, role by role or as a whole
+        columns = data.columns | dict(columns or {})
+    kind, found = _roles.guess(first.columns, data.source, task or data.task, columns)
     made = KINDS[kind](model, source=data.source, roles=found, metric=metric or data.metric, tokenizer=tokenizer, **options)
     return made.fill(data, seed, limit)
 

@@ -5,6 +5,7 @@ import torch
 from .. import zoo
 from ..errors import BadData, DoesNotFit, nearest
 from .headed import POOLS, Headed, head
+from .roles import parts
 from .split import divide, order, shares
 
 
@@ -42,6 +43,7 @@ class Task:
         for table in self.tables.values():
             self.check(table)
         self.learn(data)
+        self.repeats()
         for name in self.tables:
             most = limit.get(name) if isinstance(limit, dict) else limit
             self.limit(name, most, seed)
@@ -49,6 +51,15 @@ class Task:
 
     def check(self, table):
         """Refuse rows that cannot be read, before anything is learned from them."""
+
+    def repeats(self):
+        """Say how much of the test part was already seen in training, word for word."""
+        role = next((r for r in ("text", "prompt") if r in self.roles), None)
+        if role and len(self.tables["test"]) > 1:
+            seen = {repr(v) for v in self.column(self.tables["train"], role)}
+            n = sum(repr(v) in seen for v in self.column(self.tables["test"], role))
+            if n:
+                self.notes.append(f"test: {n:,} of {len(self.tables['test']):,} rows have a {role} that also stands in train")
 
     def limit(self, name, most, seed):
         table = self.tables[name]
@@ -60,14 +71,13 @@ class Task:
 
     def column(self, table, role):
         """A role's values; a role may join columns, like "context + question"."""
-        from .roles import parts
+        if self.roles[role] in table.columns:
+            return table.columns[self.roles[role]]
         names = parts(self.roles[role])
         missing = [n for n in names if n not in table.columns]
         if missing:
             raise BadData(f"{table.source} has no column {missing[0]!r} (the {role}). {nearest(missing[0], table.columns)} "
                           f"It has: {', '.join(map(str, table.columns))}.")
-        if len(names) == 1:
-            return table.columns[names[0]]
         rows = zip(*(table.columns[n] for n in names), strict=True)
         return ["\n".join(str(v) for v in row if v not in (None, "")) for row in rows]
 

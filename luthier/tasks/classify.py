@@ -1,12 +1,14 @@
 """Text and text-pair classification, token classification, and regression on text."""
 
+from collections import Counter
+
 import torch
 from torch.nn import functional as F
 
 from ..errors import BadData, nearest
 from . import metrics
 from .base import Task, finite
-from .roles import numbers
+from .roles import numbers, parts
 
 IGNORE = -100
 TEXT = ("text-encoder", "text-decoder", "text-pair")
@@ -56,7 +58,7 @@ class Labelled(Task):
         if self.metric == "matthews" and len(self.labels) != 2:
             raise BadData(f"metric=\"matthews\" is for two classes; {self.source} has {len(self.labels)}. Use accuracy or "
                           "macro_f1.")
-        rare = [n for n in self.labels if self.strata(train).count(n) < 2] if len(self.labels) < 1000 else []
+        rare = [n for n, times in Counter(self.strata(train)).items() if times < 2]
         if rare:
             self.notes.append(f"{len(rare)} classes have a single training row, first {rare[0]!r}")
 
@@ -167,6 +169,8 @@ class Text(Task):
             for i, x in enumerate(inputs):
                 if isinstance(x, dict):
                     v = x.get(column, x.get(r))
+                    if v is None and all(p in x for p in parts(column)):
+                        v = "\n".join(str(x[p]) for p in parts(column))
                 elif isinstance(x, (tuple, list)) and "tokens" not in self.roles:
                     v = dict(zip(role, x, strict=False)).get(r)
                 else:
@@ -294,6 +298,8 @@ class TokenClassification(Text):
         if not getattr(self.tokenizer, "is_fast", False):
             raise BadData(f"The tokenizer of {self.origin.ref} cannot say which word a piece comes from. Use a model with "
                           "tokenizer.json.")
+        if self.tokenizer.tokenize(" a")[0] == "Ġa":                 # byte-level pieces carry the space before them
+            words = [[w[0], *(" " + x for x in w[1:])] for w in words]
         rows, coded = self.tokenise(words, is_split_into_words=True)
         tags = self.column(table, "tags") if self.roles["tags"] in table.columns else [None] * len(rows)
         number = {n: i for i, n in enumerate(self.labels)}

@@ -17,7 +17,7 @@ UNREADABLE = 0.01              # share of images that may be broken before the d
 
 def decode(item, side, base="."):
     """A path, encoded bytes, PIL image or array -> uint8 (3, h, w), at most `side` a side."""
-    from PIL import Image
+    from PIL import Image, ImageOps
     if isinstance(item, dict):                       # how hub data sets store an image
         item = item.get("bytes") or item.get("path")
     if isinstance(item, np.ndarray) or torch.is_tensor(item):
@@ -31,15 +31,15 @@ def decode(item, side, base="."):
             array = array.transpose(1, 2, 0)
         item = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
     elif isinstance(item, (bytes, bytearray)):
-        item = Image.open(io.BytesIO(item))
+        item = ImageOps.exif_transpose(Image.open(io.BytesIO(item)))
     elif isinstance(item, (str, Path)):
-        item = Image.open(Path(base) / item)
-    if item.mode not in ("RGB", "L"):
-        item = item.convert("RGBA" if "transparency" in item.info else "RGB")
+        item = ImageOps.exif_transpose(Image.open(Path(base) / item))
+    if item.mode.startswith("I;16"):
+        item = Image.fromarray((np.asarray(item) >> 8).astype(np.uint8))
+    item = item.convert("RGB")
     if item.width > side or item.height > side:
         item = item.resize((min(side, item.width), min(side, item.height)), Image.Resampling.BICUBIC)
-    array = np.array(item.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(item)).permute(2, 0, 1).contiguous()
 
 
 class Images:

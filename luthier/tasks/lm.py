@@ -89,6 +89,10 @@ class CausalLM(Language):
     kind = "causal-lm"
     longest = 128
 
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self._most = {}                              # split -> (limit, seed)
+
     def fill(self, data, seed, limit):
         if "all" in data.splits and len(data.splits["all"]) < 10:        # few documents: split the text itself
             from .read import Table
@@ -104,7 +108,9 @@ class CausalLM(Language):
 
     def limit(self, name, most, seed):
         """A limit counts blocks."""
-        self._most = getattr(self, "_most", {}) | {name: (most, seed)}
+        self._most[name] = (most, seed)
+        if most is not None:
+            self.notes.append(f"{name}: at most {most:,} blocks (limit)")
 
     def examples(self, split):
         if split not in self._encoded:

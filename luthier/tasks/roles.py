@@ -87,12 +87,18 @@ def guess(columns, source, task=None, given=None):
             if part not in columns:
                 raise BadData(f"{source} has no column {part!r} (asked for as {role}). {nearest(part, columns)} "
                               f"It has: {', '.join(columns)}.")
+    if task == "regression" and "label" in given:    # the number to predict goes by either name
+        given.setdefault("target", given.pop("label"))
     if task is not None and task not in KINDS:
         raise BadData(f"There is no task {task!r}. {nearest(task, KINDS)} Tasks: {', '.join(KINDS)}.")
     reasons = {}
     for kind, by_name in [(task, False)] if task else _candidates(given):
         found = _fill(kind, columns, given, task is not None, by_name)
         if isinstance(found, dict):
+            spare = given.keys() - found.keys()
+            if spare:
+                raise BadData(f"columns={{{min(spare)!r}: ...}}: {kind} has no such role. Its roles: "
+                              f"{', '.join(sum(KINDS[kind], ()))}.")
             return kind, found
         reasons[kind] = f"{kind} needs a column for {found}"
     raise BadData(f"{source}: the columns {', '.join(columns)} make no task: {'; '.join(reasons.values())}. Say which is which "

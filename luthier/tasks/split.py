@@ -1,5 +1,7 @@
 """Train, val and test: what the data brings is kept; what it lacks is drawn with a seed, each class in proportion."""
 
+from collections import Counter
+
 import torch
 
 
@@ -28,8 +30,11 @@ def divide(tables, labels_of, seed, notes):
 
     def carve(name, source, fraction, most):
         whole = tables[source]
+        labels = labels_of(whole)
+        count = Counter(labels)                      # a class of one row stays where it can be learned
+        able = [i for i, label in enumerate(labels) if count[label] > 1]
         n = min(most, max(1, round(fraction * len(whole))))
-        part = shares(labels_of(whole), n, seed)
+        part = [able[k] for k in shares([labels[i] for i in able], n, seed)]
         rest = sorted(set(range(len(whole))) - set(part))
         tables[source], tables[name] = whole.take(rest), whole.take(part)
         notes.append(f"{name}: {n:,} rows drawn from {source} (seed {seed})")
