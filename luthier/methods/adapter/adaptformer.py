@@ -1,7 +1,7 @@
 """A bottleneck beside the MLP.    h' = MLP(x) + s (U relu(D x + d) + u),    x: the input of the MLP;   U: (D, width) = 0
 Chen et al., AdaptFormer, 2022. arXiv:2205.13535 §3.2, eq. 3: x = LN(h), s = 0.1, width 64; D ~ U(±D^-½) and biases 0 as in the
 authors' code ("lora" init), whose default however feeds the adapter h without the norm. `parallel=False` puts the same
-bottleneck behind the MLP, x = MLP(·), the sequential form of the paper's ablation (table 5).
+bottleneck behind the MLP, x = MLP(·), the sequential form of the paper's ablation.
 
 With width 512 and s = 4 this is the scaled parallel adapter of arXiv:2110.04366 §4.6.
 """

@@ -1,7 +1,7 @@
 """Merge the most redundant tokens between attention and MLP; isolated ones are kept. Nothing is trained.
 
 k_i: a token's key, mean over heads.   energy_i = 1/N Σ_j f(cos(k_i, k_j)),   f(x) = x if x ≥ m else α (exp(x - m) - 1)
-Tran et al., PiToMe, 2024. arXiv:2405.16148 §3.2, eq. 4 and alg. 1: m = 0.9 - 0.9 l/L in layer l of L, α = 1. The 2r tokens of
+Tran et al., PiToMe, 2024. arXiv:2405.16148 §3.2: m = 0.9 - 0.9 l/L in layer l = 0… of L, α = 1. The 2r tokens of
 highest energy may merge; in that order they go alternately to A and B, and each of A is absorbed by its most similar of B, as a
 mean weighted by size. Attention is proportional: softmax(q kᵀ/√Dh + log size). r = (1 - keep) of the tokens that may merge.
 
