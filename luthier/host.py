@@ -56,6 +56,9 @@ class Host:
         key = (s.module, s.layout, s.tower)         # an embedding may serve two towers
         if key not in self.ports:
             self.ports[key] = (Mid if s.layout == "mid" else Port)(self, s)
+            for port in self.ports.values():
+                if isinstance(port, Mid):
+                    port.last()
         return self.ports[key]
 
     def _stack(self, stack):
@@ -315,12 +318,12 @@ class StackPort:
             end = stack.final_module if stack.final_module is not None else stack.blocks[-1] if stack.blocks else None
             if end is not None:
                 self.handles.append(end.register_forward_hook(self.leave))
-        self.cache = self.proto = None
+        self.proto = self.again = None
 
     def remove(self):
         for h in self.handles:
             h.remove()
-        self.tokens = self.proto = self.cache = None
+        self.tokens = self.proto = None
 
     def checkpointed(self):
         return any(getattr(b, "gradient_checkpointing", False) for b in self.stack.blocks)
@@ -380,7 +383,7 @@ class StackPort:
             if not seen:
                 memory.clear()
         self.proto = dict(fixed=s.fixed, causal=s.causal, decoding=bool(seen), memory=memory, keymask=keymask)
-        self.tokens = self.cache = None
+        self.tokens = self.again = None
         if s.embed == "ids" and (port := self.embed_port()) is not None and port.live:
             args, kwargs = self._embed(port, module, args, kwargs, n)
         return args, kwargs
@@ -500,10 +503,12 @@ class Port:
         h, back = _as_tokens(x, self.site.d_out)
         stack = self.host.run(self.site.stack)
         t = stack.take(h) if stack is not None else Tokens(h)
-        if stack is not None and _recomputing() and self.saved is not None:
-            t = replace(self.saved, h=h)                    # gradient checkpointing runs this block again: with the lanes it had
-        elif stack is not None and t.lanes and torch.is_grad_enabled() and stack.checkpointed():
-            self.saved = replace(t, h=h[:0])
+        if stack is not None and _recomputing():            # gradient checkpointing runs this block again:
+            if stack.again != self.site.block and self.saved is not None:
+                t = replace(self.saved, h=h)                # its first port starts with the lanes it had, the others go on from there
+            stack.again = self.site.block
+        elif stack is not None and t.lanes and stack.checkpointed():
+            self.saved = replace(t, h=h[:0])                # also without grad: reentrant checkpointing's first pass
         for e in self.live:
             t = call(e.method, "stream", t=t, p=e.p)
         if stack is not None:
@@ -558,6 +563,11 @@ class Mid(Port):
                                  f"{self.site.stack.insert}.")
             self.merged, self.weight = t, size
         return t.h
+
+    def last(self):
+        """Spreading comes after whatever else acts on the MLP's output: that still meets the merged tokens."""
+        self.handles[1].remove()
+        self.handles[1] = self.site.mid[1].register_forward_hook(self.spread)
 
     def spread(self, module, args, out):
         if self.merged is None:
