@@ -1,7 +1,7 @@
 """How a base model carries attachments: one Patch per touched module, one Port per touched place of a token stream.
 
 Nothing here writes a base tensor. A patch is a callable put in a module's own __dict__ as `forward`; a port is a hook. Both are
-plain objects, so copy.deepcopy copies them with the model they serve, and taking them away leaves the very objects that were there.
+plain objects, so copy.deepcopy copies them with the model they serve, and taking them away leaves the objects that were there.
 """
 
 from contextlib import contextmanager
@@ -505,7 +505,7 @@ class Port:
         t = stack.take(h) if stack is not None else Tokens(h)
         if stack is not None and _recomputing():            # gradient checkpointing runs this block again:
             if stack.again != self.site.block and self.saved is not None:
-                t = replace(self.saved, h=h)                # its first port starts with the lanes it had, the others go on from there
+                t = replace(self.saved, h=h)                # its first port starts with the lanes it had, the others go on
             stack.again = self.site.block
         elif stack is not None and t.lanes and stack.checkpointed():
             self.saved = replace(t, h=h[:0])                # also without grad: reentrant checkpointing's first pass
