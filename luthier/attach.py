@@ -201,13 +201,16 @@ class Tuned(nn.Module):
             made = state(key, lambda: call(m, "init", site=bound, seen=seen))
         if made is None:
             return
-        if s.kind == "weight" and s.layout in ("stack", "raw") and not s.bias and "b" in m.wants("weight") and not m.discards():
-            raise DoesNotFit(f"{type(m).__name__} sets a bias, and {s.name} has none and cannot be given one. "
-                             f"Leave it out: {type(m).__name__}(at=\"{m.at} -{s.name}\").")
         for n, v in made.items():                           # a tensor shared by sites stays one object
             if isinstance(v, nn.Parameter):
                 made[n] = known.setdefault(id(v), v)
         p = State(made, f"{i}:{type(m).__name__}", s.name)
+        if s.kind == "weight" and s.layout in ("stack", "raw") and not s.bias and "b" in m.wants("weight"):
+            with torch.no_grad():                           # asked, not declared: merging sets a bias only where there is one
+                _, b = call(m, "weight", W=s.W, b=s.W.new_zeros(s.d_out), p=p)
+            if b is not None:
+                raise DoesNotFit(f"{type(m).__name__} sets a bias, and {s.name} has none and cannot be given one. "
+                                 f"Leave it out: {type(m).__name__}(at=\"{m.at} -{s.name}\").")
         self.states[key] = self._states_of[i][s.name] = p
         self._host.add(Entry(self._owner, m, s, p))
 
