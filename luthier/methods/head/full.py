@@ -9,11 +9,17 @@ import torch
 from torch import nn
 
 from luthier.method import Method, method
+from luthier.site import sites
+
+
+def example(model, folder):                # a mask token is a parameter that only pretraining uses: no gradient reaches it
+    return {"at": "all" + " -embed.mask" * ("embed.mask" in sites(model).by_name)}
 
 
 @method
 class full(Method):
     at: str = "all"
+    example = staticmethod(example)
 
     def init(self, site, seen):
         own = {"W": site.W, "b": site.b}

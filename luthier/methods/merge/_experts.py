@@ -1,38 +1,38 @@
 """Task vectors: what experts changed, τ = W_expert - W, read site by site from
 
-    a folder that save() wrote with whole weights in it (a full fine-tune)      a folder with a plain model's *.safetensors
-    one .safetensors file, name -> weight; names are sites or parameters        "noise:SEED": a stand-in for trials and tests
+    a folder that save() wrote with whole weights in it (a full fine-tune)
+    a folder with a plain model's *.safetensors
+    one .safetensors file of name -> weight, where names are parameters or sites
 """
 
 import functools
-import hashlib
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from luthier.errors import BadChain, BadState, WrongBase, nearest
 
 
 def located(experts):
     """Their names, each recognisable as a path (so that loading a state never looks for them)."""
-    return tuple(e if e.startswith("noise:") or os.sep in e else os.path.join(".", e) for e in experts)
+    return tuple(e if os.sep in e else os.path.join(".", e) for e in experts)
 
 
-def generator(*words):
-    """Random numbers that depend on these words and on nothing else."""
-    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+def near(model, folder):
+    """Three experts close to a model, as files: for checks."""
+    g, files = torch.Generator().manual_seed(0), [str(Path(folder) / f"expert{i}.safetensors") for i in range(3)]
+    for file in files:
+        save_file({n: (p + 0.05 * torch.randn(p.shape, generator=g).to(p)).detach() for n, p in model.named_parameters()}, file)
+    return {"experts": tuple(files)}
 
 
 def vectors(site, expert):
     """(τ: (d_out, d_in), τ_b: (d_out,) or None), in single precision at least."""
     wide = torch.promote_types(site.W.dtype, torch.float32)
     W, b = site.W.to(wide), None if site.b is None else site.b.to(wide)
-    if expert.startswith("noise:"):
-        g = generator(expert, site.name)
-        return tuple(None if t is None else (0.01 * torch.randn(t.shape, generator=g)).to(t) for t in (W, b))
     new, new_b = _read(expert, site)
     _same(expert, site, "weight", new, W)
     if b is not None and new_b is not None:

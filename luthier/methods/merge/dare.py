@@ -4,18 +4,21 @@ Yu et al., DARE, 2023. arXiv:2311.03099 §3.1-3.2. combine: "mean" averages the 
 one sign per entry and the mean of those who have it. The mask is a function of (seed, expert's place, site) and nothing else.
 """
 
+import hashlib
+
 import torch
 
 from luthier.errors import BadChain
 from luthier.method import Method, method
-from luthier.methods.merge._experts import elect, generator, located, merged
+from luthier.methods.merge._experts import elect, located, merged, near
 
 COMBINE = {"mean": lambda τ: τ.mean(0), "sum": lambda τ: τ.sum(0), "elect": elect}
 
 
 def mask(seed, number, what, shape, drop):
     """Which entries of an expert survive: the same ones on every machine."""
-    return torch.rand(shape, generator=generator(seed, number, what)) >= drop
+    digest = hashlib.blake2b(f"{seed}/{number}/{what}".encode(), digest_size=7).digest()
+    return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little"))) >= drop
 
 
 @method
@@ -28,7 +31,7 @@ class dare(Method):
     scale: float = 1.0
     seed: int = 0
     limits = {"drop": (0, 1)}
-    example = {"experts": ("noise:1", "noise:2")}
+    example = staticmethod(near)
     exempt = {"identity_at_init": "the experts act at once"}
 
     def __post_init__(self):

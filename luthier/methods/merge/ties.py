@@ -6,7 +6,7 @@ authors' code gives it the majority's sign). Stored: the merged τ_m alone, so t
 """
 
 from luthier.method import Method, method
-from luthier.methods.merge._experts import cut, elect, located, merged
+from luthier.methods.merge._experts import cut, elect, located, merged, near
 
 
 @method
@@ -16,7 +16,7 @@ class ties(Method):
     density: float = 0.2                   # share of an expert's entries that is kept
     scale: float = 1.0
     limits = {"density": (0, 1)}
-    example = {"experts": ("noise:1", "noise:2", "noise:3")}
+    example = staticmethod(near)
     exempt = {"identity_at_init": "the experts act at once"}
 
     def __post_init__(self):

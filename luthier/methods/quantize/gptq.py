@@ -27,6 +27,10 @@ def inverse_factor(H, damp):               # (d, d) -> U; a column that was neve
     return torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
 
 
+def precise(t):                            # statistics and rounding are not left to autocast
+    return torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False)
+
+
 @method
 class gptq(Method):
     at: str = "linear"
@@ -35,23 +39,32 @@ class gptq(Method):
     damp: float = 0.01                     # λ, in mean diagonals of H; towards infinity: plain round-to-nearest
     act_order: bool = False                # most excited columns first
     limits = {"bits": (2, 8)}
+    example = {"bits": 2}                  # tiny models in half precision do not feel four bits
     exempt = {"identity_at_init": "rounds the weight"}
 
     def observe(self, x):                  # (N, d_in) -> 2 X Xᵀ: (d_in, d_in)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return 2 * x.T @ x
+        with precise(x):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            return 2 * x.T @ x
 
     def init(self, site, seen):
-        W, d, span = site.W.to(seen.dtype).clone(), site.W.shape[1], self.group or site.W.shape[1]
-        order = seen.diag().argsort(descending=True) if self.act_order else torch.arange(d, device=W.device)
+        W, d = site.W, site.W.shape[1]
         try:
-            U = inverse_factor(seen[order][:, order], self.damp)
+            with precise(W):
+                codes, scale, zero = self.solve(W, seen)
         except torch.linalg.LinAlgError as e:
             raise DoesNotFit(f"gptq: the inputs of {site.name} leave H singular ({d} columns). Calibrate on more "
                              f"batches, or raise damp above {self.damp}.") from e
-        grids = [grid(part, self.bits) for part in W.split(span, 1)]
-        scale, zero = (torch.stack(part, 1) for part in zip(*grids, strict=True))       # (d_out, groups)
-        scale, codes, W = scale.to(site.W.dtype), torch.empty_like(W), W[:, order]
+        return dict(codes=pack(codes, self.bits), scale=scale, zero=zero.byte(), d_in=d)
+
+    def solve(self, W, H):                 # -> codes: (d_out, d_in), scale, zero: (d_out, groups)
+        d, span, like = W.shape[1], self.group or W.shape[1], W
+        if W.is_meta:                      # a model of shapes alone: what the state will weigh
+            return W, *(W.new_empty(len(W), -(-d // span)) for _ in range(2))
+        order = H.diag().argsort(descending=True) if self.act_order else torch.arange(d, device=W.device)
+        W, U = W.to(H.dtype), inverse_factor(H[order][:, order], self.damp)
+        scale, zero = (torch.stack(part, 1) for part in zip(*(grid(part, self.bits) for part in W.split(span, 1)), strict=True))
+        scale, codes, W = scale.to(like.dtype), torch.empty_like(W), W[:, order]
         for lo in range(0, d, step := self.group or 128):
             hi = min(lo + step, d)
             errors = W.new_zeros(len(W), hi - lo)
@@ -65,9 +78,8 @@ class gptq(Method):
                 errors[:, j - lo] = e = (W[:, j] - s * (q - z)) / U[j, j]
                 W[:, j + 1:hi] -= e[:, None] * U[j, j + 1:hi]
             W[:, hi:] -= errors @ U[lo:hi, hi:]
-        return dict(codes=pack(codes, self.bits), scale=scale, zero=zero.byte(), like=scale.new_empty(0, d))
+        return codes, scale, zero
 
-    def weight(self, p):                   # -> (d_out, d_in); `like` holds d_in, and no bytes
-        d = p.like.shape[1]
-        scale, zero = (t.repeat_interleave(self.group or d, 1)[:, :d] for t in (p.scale, p.zero.to(p.scale)))
-        return scale * (unpack(p.codes, self.bits, d).to(scale) - zero)
+    def weight(self, p):                   # -> (d_out, d_in)
+        scale, zero = (t.repeat_interleave(self.group or p.d_in, 1)[:, :p.d_in] for t in (p.scale, p.zero.to(p.scale)))
+        return scale * (unpack(p.codes, self.bits, p.d_in).to(scale) - zero)
