@@ -39,3 +39,14 @@ def vit(folder, size=16):
     ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=size,
                        patch_size=8)).save_pretrained(folder)
     return str(folder)
+
+
+def clip(folder):
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    text = small | dict(vocab_size=len(WORDS), max_position_embeddings=32, eos_token_id=3, bos_token_id=2)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=small | dict(image_size=16, patch_size=8),
+                         projection_dim=16)).save_pretrained(folder)
+    tokenizer(folder)
+    return str(folder)

@@ -244,6 +244,17 @@ def test_a_decoder_classifies_by_its_last_token(tmp_path, tiny):
     assert torch.allclose(task.logits(model, batch), task.logits(model, wide), atol=1e-5)
 
 
+def test_a_dual_tower_lends_the_tower_that_reads_the_data(tmp_path):
+    model = folders.clip(tmp_path / "clip")
+    text = tasks.open(write(tmp_path / "a.csv", ROWS), model=model)
+    image = tasks.open({"images": np.stack([picture(i) for i in range(20)]), "labels": np.arange(20) % 2}, model=model)
+    for task, tower in ((text, "Text"), (image, "Vision")):
+        model = task.build(0)
+        assert tower in type(model.backbone).__name__
+        task.loss(model, next(task.batches("train", 4))).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_module_of_ones_own(tmp_path):
     images, labels = np.stack([picture(i) for i in range(30)]), np.arange(30) % 3
     task = tasks.open({"images": images, "labels": labels}, model=torch.nn.Conv2d(3, 5, 3), image_size=12)

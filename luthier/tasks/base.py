@@ -130,17 +130,20 @@ class Task:
         """The pretrained model with this task's head. Weights are fresh each call; the head depends on `seed` only."""
         if self.model is None:
             raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"minilm\".")
-        backbone, pool = strip(zoo.load(self.model, dtype), self)
-        model = Headed(backbone, pool, None, self.extra(backbone)).eval()
-        try:
-            with torch.no_grad():                    # one example says how wide the features are
-                width = model.features(**self.probe()).shape[-1]
-        except Exception as error:                   # a backbone that wants other inputs says so in its own way
-            raise DoesNotFit(f"{self.origin.ref} does not read what {self.kind} gives it ({', '.join(self.probe())}): "
-                             f"{str(error)[:300]} Use another model (`luthier zoo`).") from error
-        model.head = head(width, self.outputs(), seed, next(backbone.parameters()).dtype)
-        model.luthier_origin = self.origin
-        return model
+        first = None
+        for backbone in bodies(zoo.load(self.model, dtype), self.origin.kind, self.reads):
+            model = Headed(backbone, self.pool(backbone), None, self.extra(backbone)).eval()
+            try:
+                with torch.no_grad():                # one example says whether it fits, and how wide the features are
+                    width = model.features(**self.probe()).shape[-1]
+            except Exception as error:               # a backbone that wants other inputs says so in its own way
+                first = first or error
+                continue
+            model.head = head(width, self.outputs(), seed, next(backbone.parameters()).dtype)
+            model.luthier_origin = self.origin
+            return model
+        raise DoesNotFit(f"{self.origin.ref} does not read what {self.kind} gives it ({', '.join(self.probe())}): "
+                         f"{str(first)[:300]} Use another model (`luthier zoo`).") from first
 
     def extra(self, backbone):
         return {}
@@ -200,20 +203,31 @@ def to_device(batch, model):
     return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def strip(model, task):
-    """The part of a model below its own head, and how its output is pooled. -> (backbone, pool)"""
-    if hasattr(model, "reset_classifier"):           # timm pools by itself
+TOWERS = {"vision": ("vision_model", "vision_tower", "visual"), "text": ("text_model", "language_model")}
+
+
+def bodies(model, kind, reads):
+    """The part of a model below its own head; then, where that may not run on its own, what it was cut from."""
+    if hasattr(model, "reset_classifier"):           # timm's own way; it pools by itself
         model.reset_classifier(0)
-        return model, "vector"
+        yield model
+        return
     base = getattr(model, "base_model", model)
-    tower = getattr(base, "vision_model" if task.origin.kind == "vision" else "text_model", None)
-    base = tower if isinstance(tower, torch.nn.Module) else base
+    if kind == "vision-language":
+        names = TOWERS["vision" if "vision" in reads else "text"]
+        base = next((m for n, m in base.named_modules() if n.split(".")[-1] in names), base)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         base = base.get_encoder()
+    if hasattr(getattr(base, "config", None), "mask_ratio"):
+        base.config.mask_ratio = 0.0                 # masked autoencoders hide most patches otherwise
     pooler = getattr(base, "pooler", None)
     if isinstance(pooler, torch.nn.Module) and any(True for _ in pooler.parameters()):
         base.pooler = None                           # it would only feed the head that is replaced
-    return base, task.pool(base)
+        yield base
+        base.pooler = pooler
+    yield base
+    if base is not model:
+        yield model
 
 
 def finite(value, where):

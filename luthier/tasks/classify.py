@@ -11,7 +11,7 @@ from .base import Task, finite
 from .roles import numbers, parts
 
 IGNORE = -100
-TEXT = ("text-encoder", "text-decoder", "text-pair")
+TEXT = ("text-encoder", "text-decoder", "text-pair", "vision-language")
 
 
 def names_of(values):

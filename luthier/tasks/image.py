@@ -63,7 +63,7 @@ class Images:
 
 class ImageClassification(Labelled):
     kind = "image-classification"
-    reads = ("vision",)
+    reads = ("vision", "vision-language")
 
     def learn(self, data):
         super().learn(data)
@@ -136,6 +136,8 @@ class ImageClassification(Labelled):
         return {"pixel_values": torch.zeros(1, 3, self.side, self.side)}
 
     def pool(self, backbone):
+        if hasattr(backbone, "reset_classifier"):
+            return "vector"
         asked = self.options.get("pool") or self.origin.pool
         if asked:
             return asked

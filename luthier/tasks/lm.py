@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import zoo
-from ..errors import BadData
+from ..errors import BadData, DoesNotFit
 from . import metrics
 from .classify import IGNORE, Text
 from .split import shares
@@ -22,7 +22,14 @@ class Language(Text):
         """The pretrained decoder with its own head; `seed` changes nothing, for nothing is new."""
         if self.model is None:
             raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"smollm2-135m\".")
-        return zoo.load(self.model, dtype)
+        model = zoo.load(self.model, dtype)
+        try:
+            with torch.no_grad():
+                self.logits(model, self.probe())
+        except Exception as error:
+            raise DoesNotFit(f"{self.origin.ref} gives no logits for text ({str(error)[:300]}). {self.kind} needs a decoder with "
+                             "its head, like smollm2-135m.") from error
+        return model
 
     def nll(self, model, batch):
         """(sum of -log p, number) over labelled tokens: the logits at t predict the label at t + 1."""

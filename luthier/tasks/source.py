@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import BadData, UnknownName, nearest
+from ..errors import BadData, UnknownName, named, nearest
 from . import arrays
 from .read import SUFFIXES, Data, Table, suffix, table
 
@@ -31,7 +31,7 @@ def find(source, seed=0):
     """Data for whatever `source` names."""
     if isinstance(source, dict):
         return arrays.tables(source, "arrays")
-    source = os.fspath(source)
+    source = named(source, "data", UnknownName)
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, seed)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .._compat import torchvision
-from ..errors import BadState, LuthierError, UnknownName, nearest
+from ..errors import BadState, LuthierError, UnknownName, named, nearest
 from . import cache
 from .table import HALF, IMAGENET, TABLE
 
@@ -30,7 +30,8 @@ __all__ = ["Origin", "about", "entries", "installed", "load", "names", "processo
 @dataclass(frozen=True)
 class Origin:
     ref: str                   # what load() was given: load(ref) gives the same model again
-    kind: str                  # "text-encoder" | "text-decoder" | "text-pair" (encoder-decoder) | "vision" | "audio" | "other"
+    kind: str                  # "text-encoder" | "text-decoder" | "text-pair" (encoder-decoder) | "vision" | "vision-language" |
+                               # "audio" | "other"
     licence: str = "unknown"
     folder: str = ""           # where the tokenizer lies, if there is one
     image: dict = field(default_factory=dict)        # mean, std, sizes
@@ -101,7 +102,7 @@ def about(ref):
     """The Origin of what `ref` names, from its configuration alone: no weights are read."""
     if isinstance(ref, nn.Module):
         return getattr(ref, "luthier_origin", None) or _describe(getattr(ref, "config", None), type(ref).__name__, "")
-    ref = str(ref)
+    ref = named(ref, "a model", UnknownName)
     if ref in TABLE:
         row = TABLE[ref]
         if row.kind == "vision":
@@ -270,23 +271,32 @@ def _timm_origin(ref):
 
 
 def _describe(config, ref, folder):
-    """What a model reads, from its configuration: a vision tower has channels and patches, a text model a vocabulary."""
-    get = functools.partial(getattr, config)
+    """What a model reads: its class names its main input; two configurations inside one make a vision-language model."""
     if config is None:
         return Origin(ref, "other")
-    size = get("image_size", None)
-    if size is not None or get("num_channels", None) is not None:
-        size = size[0] if isinstance(size, (tuple, list)) else size or 224
-        return Origin(ref, "vision", _licence(folder), folder, _image(folder) | dict(sizes=(size,)))
-    if get("is_encoder_decoder", False):
-        kind = "audio" if get("num_mel_bins", None) else "text-pair"
+    get = functools.partial(getattr, config)
+    name = next(iter(get("architectures", None) or ()), "")
+    import transformers
+    reads = getattr(getattr(transformers, name, None), "main_input_name", "")
+    size = get("image_size", None) or getattr(get("vision_config", None), "image_size", None)
+    if get("vision_config", None) is not None or size and get("vocab_size", None) and reads == "input_ids":
+        kind = "vision-language"
+    elif reads in ("input_values", "input_features") or get("num_mel_bins", None):
+        kind = "audio"
+    elif reads == "pixel_values" or not reads and size:
+        kind = "vision"
     elif get("vocab_size", None) is None:
         kind = "other"
+    elif get("is_encoder_decoder", False):
+        kind = "text-pair"
     else:
-        name = next(iter(get("architectures", None) or ()), "")
         kind = "text-decoder" if name.endswith(("CausalLM", "LMHeadModel")) or get("is_decoder", False) or _causal(config) \
             else "text-encoder"
-    return Origin(ref, kind, _licence(folder), folder, longest=_longest(config.to_dict()))
+    image = {}
+    if kind.startswith("vision"):
+        size = size[0] if isinstance(size, (tuple, list)) else size or 224
+        image = _image(folder) | dict(sizes=(size,))
+    return Origin(ref, kind, _licence(folder), folder, image, longest=_longest(config.to_dict()))
 
 
 def _longest(facts):
