@@ -58,3 +58,12 @@ def nearest(word, known, n=3):
     """`Nearest: a, b.`, or `` when nothing is known: for the middle of an error message."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n, 0.0)
     return f"Nearest: {', '.join(near)}." if near else ""
+
+
+def named(text, what, kind=LuthierError):
+    """`text` as a str, refused where no file system could hold a thing of that name: it is empty, too long, or has a NUL."""
+    text = str(text)
+    if not text.strip() or "\0" in text or any(len(p.encode("utf-8", "surrogatepass")) > 255 for p in text.split("/")):
+        raise kind(f"{text[:60]!r}{'...' if len(text) > 60 else ''} cannot be the name of {what}: it is "
+                   f"{'empty' if not text.strip() else 'too long, or holds a NUL character'}. Give a name or a path.")
+    return text

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .errors import BadState, LuthierError, WrongBase, nearest
+from .errors import BadState, LuthierError, WrongBase, named, nearest
 
 STATE, RECIPE, NEXT, FORMAT = "state.safetensors", "recipe.json", ".next", 1
 LARGEST = 64 << 20                       # bytes of a recipe or of a safetensors header; real ones are far smaller
@@ -221,7 +221,7 @@ def _finish(folder):
 # -- loading ---------------------------------------------------------------------------------------------------
 def read(folder):
     """The recipe in `folder`, after every check that needs no model. Changes nothing, but completes an unfinished save."""
-    folder = Path(folder)
+    folder = Path(named(folder, "a saved state", BadState))
     if not folder.is_dir():
         near = nearest(folder.name, os.listdir(folder.parent)) if folder.parent.is_dir() and not folder.exists() else ""
         raise BadState(f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the folder that save() or "
