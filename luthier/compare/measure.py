@@ -1,11 +1,15 @@
-"""What a chain costs on this machine, each figure taken beside its reference: memory, step time against tuning everything, latency
-against the untouched model. The two sides run in turns (A B A B), so that what else the machine does hits both."""
+"""What a chain costs on this machine, each figure beside its reference: memory, step time against tuning everything, latency against
+the untouched model. The two sides run in turns (A B A B), so that what else the machine does hits both."""
+
+import math
+import statistics
+import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..cost import latency, peak
+from ..cost import peak
 from ..errors import BadOrder, LuthierError, NotMergeable
 from .fit import WHOLE, ready
 
@@ -50,7 +54,7 @@ class Meter:
         step = self._step(tuned)
         step()                                             # the optimizer's memory is there from the second step on
         memory = peak(step, touched(step, step.holds()))
-        mine, whole = latency([step, self.reference], ROUNDS) if self.reference else (latency([step], ROUNDS)[0], None)
+        mine, ratio = turns(step, self.reference, ROUNDS)
         tuned.eval()
         merged = True
         try:
@@ -58,19 +62,43 @@ class Meter:
         except (NotMergeable, BadOrder):
             merged = False
         with torch.no_grad():
-            ours, base = latency([lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one)], 3 * ROUNDS)
-        return {"memory": memory, "step": whole and mine / whole, "step_seconds": mine, "latency": ours / base, "latency_seconds": ours,
+            ours, slower = turns(lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one), 3 * ROUNDS)
+        return {"memory": memory, "step": ratio, "step_seconds": mine, "latency": slower, "latency_seconds": ours,
                 "merged": merged, "threads": torch.get_num_threads()}
 
 
+def turns(a, b, rounds):
+    """(median seconds of a, median of a's time over the time of the b run right after it); b may be None. Neighbours in time share
+    what else the machine was doing, so the ratio is steadier than either time."""
+    for fn in filter(None, (a, b)):
+        fn()
+    times = [[clock(fn) if fn else math.nan for fn in (a, b)] for _ in range(rounds)]
+    return statistics.median(x for x, _ in times), statistics.median(x / y for x, y in times) if b else None
+
+
+def clock(fn):
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else int
+    sync()
+    start = time.perf_counter()
+    fn()
+    sync()
+    return time.perf_counter() - start
+
+
 class _Touch(TorchDispatchMode):
+    """Collects the storages whose values operators read or write; views and new_zeros(...) look at shapes only."""
+
     def __init__(self):
         super().__init__()
         self.storages = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.storages |= {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        return func(*args, **(kwargs or {}))
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        given, made = (
+            {t.untyped_storage()._cdata for t in tree_iter(x) if isinstance(t, torch.Tensor)} for x in ((args, kwargs), out))
+        if func._schema.is_mutable or not (given & made or name.startswith("new_") or name.endswith("_like")):
+            self.storages |= given
+        return out
 
 
 def touched(fn, tensors):

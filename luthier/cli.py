@@ -1,0 +1,510 @@
+"""The command line: one function a command. Whatever it needs is imported inside it, so that `luthier --help` is there at once.
+
+Exit codes: 0 done, 1 a check failed (or a defect of ours), 2 the user's to mend (one paragraph, no traceback), 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+
+from .errors import LuthierError, nearest
+
+COMMANDS = {}                            # word -> (function, arguments)
+
+
+def arg(*names, **options):
+    return names, options
+
+
+def command(*arguments):
+    """Make a function a command: its name is the word, its docstring the help (the first line in the list of commands)."""
+    def add(fn):
+        COMMANDS[fn.__name__.removesuffix("_")] = fn, arguments
+        return fn
+    return add
+
+
+def whole(least):
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least {least}")
+        return value
+    return parse
+
+
+def positive(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is None or not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number above 0")
+    return value
+
+
+def several(kind):
+    def parse(text):
+        return [kind(part.strip()) for part in text.split(",")]
+    return parse
+
+
+def seeds(text):
+    from .evidence import parse_seeds
+
+    return parse_seeds(text)
+
+
+def pairs(text):
+    """"text=review, label=stars" -> {"text": "review", "label": "stars"}"""
+    found = [part.partition("=") for part in text.split(",")]
+    if any(not key.strip() or not value.strip() for key, _, value in found):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not of the form role=column, role=column")
+    return {key.strip(): value.strip() for key, _, value in found}
+
+
+JSON = arg("--json", action="store_true", help="print JSON")
+MODEL = arg("--model", required=True, metavar="M", help="a zoo name (`luthier zoo`), a local folder, a hub id OWNER/NAME, or timm:NAME")
+IMPORT = arg("--import", dest="include", action="append", default=[], metavar="FILE.py", help="a file with a method of your own; may repeat")
+DATA = arg("data", metavar="DATA", help="CSV, TSV, JSONL (also .gz), Parquet, .npz, a folder of images by class, a hub data set id, or a "
+           "built-in name (digits)")
+TASK = (
+    arg("--task", metavar="KIND", help="when the guess is wrong: text-classification, token-classification, image-classification, causal-lm, "
+        "instruction, regression"),
+    arg("--columns", type=pairs, metavar="ROLE=COLUMN,...", help="when the guess is wrong: roles text, text_pair, label, target, tokens, "
+        "tags, image, prompt, response"),
+    arg("--metric", metavar="NAME", help="the primary metric, when the task has several"),
+    arg("--limit", type=whole(2), metavar="N", help="at most N rows a split"),
+    arg("--max-length", type=whole(2), metavar="N", help="tokens a row"),
+    arg("--image-size", type=whole(2), metavar="N", help="pixels a side"),
+    arg("--pool", metavar="NAME", help="how features become one vector (cls, mean, cls+mean, last)"),
+)
+BUDGET = (
+    arg("--epochs", type=whole(1), default=3, metavar="N", help="passes over the training rows (default 3)"),
+    arg("--batch-size", type=whole(1), default=32, metavar="N", help="rows a step (default 32)"),
+    arg("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision of the forward pass (default no)"),
+)
+
+
+def _task_options(a):
+    found = {k: getattr(a, k) for k in ("task", "columns", "metric", "limit", "max_length", "image_size", "pool")}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _include(a):
+    from .method import include
+
+    for path in a.include:
+        try:
+            include(path)
+        except LuthierError:
+            raise
+        except Exception as e:                             # the user's own code may raise anything
+            where = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
+            raise LuthierError(f"--import {path}{where}: {type(e).__name__}: {e}. Mend the file, then run this again.") from e
+
+
+def _print(rows, columns, as_json, full=None):
+    """Rows as JSON, or as an aligned table of `columns`: {title: key or function}."""
+    if as_json:
+        print(json.dumps(full if full is not None else rows, indent=1, ensure_ascii=False, default=str))
+        return
+    cells = [list(columns)] + [[str(c(r) if callable(c) else r[c]) for c in columns.values()] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+
+
+# -- the main job -----------------------------------------------------------------------------------------------------------
+
+
+def _show(document, a):
+    from .compare import report, rows, table
+
+    if a.json:
+        print(json.dumps(rows.rows(document), indent=1, ensure_ascii=False))
+    else:
+        print(table.show(document))
+    if a.out:
+        page, picture = report.write(document, a.out)
+        print(f"\n{page}\n{picture}", file=sys.stderr if a.json else sys.stdout)
+
+
+def _again(a):
+    return "luthier " + shlex.join(a.argv)
+
+
+@command(arg("--out", default="demo-out", metavar="DIR", help="folder for results.json, report.html, pareto.png (default demo-out)"),
+         arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or which: 0,1,2 (default 3)"),
+         arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)"), JSON)
+def demo(a):
+    """the main job on real data: a dozen ways of tuning a real ViT on digits, compared
+
+    Compares ways of tuning DINOv2 ViT-S on scikit-learn's digits against a linear probe and full fine-tuning. Takes about ten minutes
+    on two cores and needs nothing but what was installed. Stopped, the same command goes on where it was.
+    """
+    from .demo import demo
+
+    _show(demo(a.out, a.seeds, a.jobs, command=_again(a)), a)
+
+
+@command(DATA, MODEL, arg("--methods", default="probe, full, lora(rank=8)", metavar="CHAINS",
+                          help="chains with commas between (default: \"probe, full, lora(rank=8)\")"),
+         arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or which: 0,1,2 (default 3)"),
+         arg("--out", required=True, metavar="DIR", help="folder for results.json, report.html, pareto.png"),
+         arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate of every method (default 1e-3)"),
+         arg("--tune-lr", action="store_true", help="search it for every method, baselines included, in the same small grid"),
+         arg("--lr-grid", type=several(positive), metavar="X,X,...", help="the grid (default 1e-4,3e-4,1e-3,3e-3,1e-2)"),
+         arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)"),
+         arg("--ray", metavar="ADDRESS", help="train on the Ray cluster there; local starts one"),
+         *BUDGET, *TASK, IMPORT, JSON)
+def compare(a):
+    """which method pays off on your data? Every chain over several seeds, every cost measured
+
+    Trains every chain on DATA at equal budget, evaluates it on held-out rows, measures parameters, bytes, memory, step time and
+    latency, and writes a table, report.html and pareto.png. Stopped, the same command goes on where it was.
+
+    luthier compare reviews.csv --model minilm --methods "probe, full, lora(rank=8), lora() >> ssf()" --out runs/reviews
+    """
+    _include(a)
+    from .compare.run import GRID, compare
+
+    document = compare(a.data, a.model, a.methods, a.seeds, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, tune_lr=a.tune_lr,
+                       grid=a.lr_grid or GRID, jobs=a.jobs, ray=a.ray, precision=a.precision, command=_again(a), **_task_options(a))
+    _show(document, a)
+
+
+@command(DATA, MODEL, arg("--with", dest="chain", required=True, metavar="CHAIN", help="what to tune with, such as \"lora(rank=8) >> ssf()\""),
+         arg("--out", required=True, metavar="DIR", help="folder for the tuned state and its checkpoints"),
+         arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate (default 1e-3)"),
+         arg("--seed", type=whole(0), default=0, metavar="N", help="of the head, the state and the order of the data (default 0)"),
+         arg("--resume", action="store_true", help="go on from the newest checkpoint in DIR"),
+         arg("--every", type=whole(1), metavar="N", help="steps between checkpoints (default: one a minute)"),
+         arg("--log", choices=("tensorboard", "none"), help="default: TensorBoard if it is installed"),
+         *BUDGET, *TASK, IMPORT, JSON)
+def tune(a):
+    """tune a model on your data with one chain
+
+    Trains, evaluates and saves. A run that was killed, stopped by Ctrl-C, or ended by a full disk or a NaN goes on with --resume.
+
+    luthier tune reviews.csv --model minilm --with "lora(rank=8)" --out tuned
+    """
+    _include(a)
+    from .tune import tune
+
+    scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed, resume=a.resume,
+                  every=a.every, precision=a.precision, log=False if a.log == "none" else a.log,
+                  say=lambda text: print(text, file=sys.stderr), **_task_options(a))
+    if a.json:
+        print(json.dumps(scores))
+    else:
+        print("  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        print(f"Saved in {a.out}. Next: luthier predict {shlex.quote(a.out)} INPUT, or luthier merge {shlex.quote(a.out)} --out MODEL_DIR")
+
+
+@command(arg("folder", metavar="DIR", help="what `luthier tune` wrote"),
+         arg("input", metavar="INPUT", nargs="+", help="a text, an image file, a folder of images, a file of rows, or - for lines of stdin"),
+         IMPORT, JSON)
+def predict(a):
+    """predict with a tuned model"""
+    _include(a)
+    from .tune import inputs, reopen
+
+    task, tuned = reopen(a.folder)
+    given = [x for source in a.input for x in inputs(task, source)]
+    found = task.predict(tuned, given)
+    if a.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for x, y in zip(given, found, strict=True):
+        name = x if isinstance(x, str) else " | ".join(map(str, x.values()))
+        name = name if len(name) <= 60 else name[:59] + "…"
+        shown = f"{y['label']}  {y['score']:.3f}" if "score" in y else "  ".join(str(v) for v in y.values())
+        print(f"{name}\t{shown}" if len(given) > 1 else shown)
+
+
+@command(arg("folder", metavar="DIR", help="what `luthier tune` wrote"),
+         arg("--out", required=True, metavar="MODEL_DIR", help="a new folder for the plain model"), IMPORT, JSON)
+def merge(a):
+    """write the tuned model as a plain one that any other tool loads"""
+    _include(a)
+    from .tune import export
+
+    files = export(a.folder, a.out)
+    print(json.dumps(files) if a.json else f"{a.out}: {', '.join(files)}")
+
+
+# -- looking ------------------------------------------------------------------------------------------------------------------
+
+
+def _model(ref):
+    """A model for looking at: with weights, or (shape:NAME, config:FOLDER) without."""
+    if ref.startswith(("shape:", "config:")):
+        from .cost import shape
+
+        return shape(ref)
+    from . import zoo
+
+    return zoo.load(ref)
+
+
+LOOK = arg("model", metavar="MODEL", help="a zoo name, a local folder, a hub id, timm:NAME; without weights: shape:llama-7b, config:FOLDER")
+
+
+@command(LOOK, arg("--select", metavar="SELECTOR", help="only what a selector hits, such as \"attn.q mlp.down\""), JSON)
+def sites(a):
+    """the named places of a model: what methods can act on"""
+    from .site import find
+    from .site import sites as scan
+
+    every = scan(_model(a.model))
+    found = find(every, a.select) if a.select is not None else every
+    rows = [dict(name=s.name, kind=s.kind, role=s.role, tower=s.tower, layout=s.layout, d_out=s.d_out, d_in=s.d_in, block=s.block,
+                 path=s.path, param=s.param, tied=list(s.tied)) for s in found]
+    _print(rows, {"site": "name", "kind": "kind", "role": "role", "tower": "tower",
+                  "shape": lambda r: f"{r['d_out']}×{r['d_in']}" if r["kind"] == "weight" else r["d_out"], "layout": "layout",
+                  "path": lambda r: r["path"] + (f".{r['param']}" if r["param"] else "") + (f"  tied: {', '.join(r['tied'])}" if r["tied"] else "")},
+           a.json)
+
+
+@command(LOOK, arg("chain", metavar="CHAIN", help="such as \"lora(rank=8) >> ssf()\""),
+         arg("--rows", type=whole(1), default=1, metavar="N", help="rows of the example batch (default 1)"),
+         arg("--tokens", type=whole(2), default=128, metavar="N", help="tokens a row (default 128)"), IMPORT, JSON)
+def cost(a):
+    """what a chain costs on a model: predicted, and measured where weights are there"""
+    _include(a)
+    from .cost import cost, example
+    from .method import parse
+
+    chain = parse(a.chain)
+    model = _model(a.model)
+    found = cost(model, chain, example(model, a.rows, a.tokens))
+    print(json.dumps(found.json(), indent=1) if a.json else found.table())
+
+
+@command(arg("name", nargs="?", metavar="NAME", help="one method: its equation, fields and defaults"), IMPORT, JSON)
+def methods(a):
+    """the ways of tuning there are"""
+    _include(a)
+    import inspect
+
+    from .method import VERBS, discover, lookup
+
+    def row(name, thing):
+        text = (sys.modules[thing.__module__].__doc__ or thing.__doc__ or "").strip()
+        fields = {p.name: None if p.default is p.empty else p.default for p in inspect.signature(thing).parameters.values()}
+        verbs = [v for v in VERBS if isinstance(thing, type) and thing.has(v)]
+        family = thing.__module__.removeprefix("luthier.methods.").rpartition(".")[0] if thing.__module__.startswith("luthier.") else "own"
+        return dict(name=name, family=family, about=text.split("\n")[0], verbs=verbs, fields=fields, doc=text)
+
+    if a.name is None:
+        rows = [row(n, t) for n, t in sorted(discover().items())]
+        _print(rows, {"method": "name", "family": "family", "verbs": lambda r: " ".join(r["verbs"]) or "recipe",
+                      "about": lambda r: r["about"][:90]}, a.json)
+        return
+    r = row(a.name, lookup(a.name))
+    if a.json:
+        print(json.dumps(r, indent=1, ensure_ascii=False, default=str))
+    else:
+        print(f"{r['doc']}\n\n{a.name}({', '.join(f'{k}={v!r}' for k, v in r['fields'].items())})\nverbs: {' '.join(r['verbs']) or 'recipe'}")
+
+
+@command(JSON)
+def systems(a):
+    """the 245 published systems and what evidence says of each"""
+    from .systems import systems
+
+    _print(systems(), {"id": "id", "system": "name", "fit": "fit", "state": "state", "record": lambda r: r["record"] or ""}, a.json)
+
+
+@command(JSON)
+def zoo(a):
+    """the pretrained models known by short name"""
+    from .zoo import entries
+
+    _print(entries(), {"name": "name", "kind": "kind", "what": "what", "licence": "licence",
+                       "size": lambda r: f"{r['parameters'] / 1e6:.3g}M", "installed": lambda r: "yes" if r["installed"] else r["install"]},
+           a.json)
+
+
+# -- trusting -----------------------------------------------------------------------------------------------------------------
+
+
+@command(arg("names", nargs="*", metavar="METHOD", help="methods to check (default: all, or the imported ones)"), IMPORT,
+         arg("--model", action="append", metavar="TINY", help="only on this tiny model; may repeat"),
+         arg("--fast", action="store_true", help="leave out the slow checks"), JSON)
+def check(a):
+    """hold a method to the contracts, one's own file included
+
+    luthier check lora
+    luthier check --import my_method.py
+    """
+    from . import check as suite
+    from . import tiny
+    from .method import include, lookup
+
+    own = []
+    for path in a.include:
+        a.include = [path]
+        _include(a)
+        own += include(path)
+    names = a.names or own
+    for name in names:
+        lookup(name)
+    for m in a.model or ():
+        if m not in tiny.MODELS:
+            raise LuthierError(f"There is no tiny model {m!r}. {nearest(m, tiny.MODELS)} There are: {', '.join(tiny.MODELS)}.")
+    if not names:
+        from .method import discover
+
+        names = sorted(discover())
+    rows = suite.run_all(names, a.model, slow=not a.fast, progress=_ticker())
+    print(json.dumps(suite.as_json(rows), indent=1, ensure_ascii=False) if a.json else suite.table(rows))
+    return int(any(r.verdict == "FAIL" for r in rows))
+
+
+def _ticker():
+    if not sys.stderr.isatty():
+        return None
+    return lambda *what: print("\r\x1b[K" + " ".join(str(w) for w in what), end="", file=sys.stderr, flush=True)
+
+
+@command(arg("name", nargs="?", metavar="SYSTEM", help="an id (B105) or name of systems.md"),
+         arg("--seeds", metavar="N", help="how many, or which: 0,1,2 (default: the runner's own)"),
+         arg("--out", metavar="DIR", help="folder for the record (default: evidence/ of a checkout)"),
+         arg("--list", action="store_true", help="the systems that have a runner"), JSON)
+def evidence(a):
+    """measure again what a published system claims, and keep the record"""
+    from .evidence import names, run
+    from .systems import row
+
+    if a.list or a.name is None:
+        _print([{k: row(n)[k] for k in ("id", "name")} for n in names()], {"id": "id", "system": "name"}, a.json)
+        return
+    found = run(a.name, a.seeds, a.out)
+    if a.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join([f"{found['system']} {found['name']}: {found['verdict']}", *(f"  {r}" for r in found["reasons"])]))
+
+
+@command(arg("--check", action="store_true", help="write nothing; fail and name the pages that are stale"),
+         arg("--out", metavar="DIR", help="folder to write (default: docs/ of a checkout)"))
+def docs(a):
+    """write the pages that are generated from code and records"""
+    from . import docs as pages
+
+    folder = a.out or pages.home()
+    touched = pages.stale(folder) if a.check else pages.write(folder)
+    print("\n".join(map(str, touched)) or "up to date")
+    return int(a.check and bool(touched))
+
+
+# -- the frame ----------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are LuthierErrors that say what is nearest."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise LuthierError(f"{message[:1].upper()}{message[1:]}. See `{self.prog} --help`.")
+
+    def refuse(self, extra):
+        flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]
+        word = next((w for w in extra if w.startswith("-")), extra[0])
+        if word.startswith("-"):
+            self.error(f"there is no flag {word.partition('=')[0][:40]!r}. {nearest(word.partition('=')[0], flags)}".rstrip("."))
+        self.error(f"{word[:60]!r} is one argument too many; quote a chain or text that holds spaces")
+
+
+def parser():
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {(fn.__doc__ or '').strip().splitlines()[0]}" for name, (fn, _) in COMMANDS.items())
+    top = Parser(prog="luthier", usage="luthier [--version] COMMAND ...", description=textwrap.dedent("""\
+        Fits pretrained models to a task at the least cost: tune, measure, compare, trust.
+
+        commands:
+        {}
+
+        `luthier COMMAND --help` says more; --debug shows the traceback of an error.""").format(listed))
+    top.add_argument("--version", action="version", version=f"luthier {_version()}")
+    return top
+
+
+def _version():
+    from . import __version__
+
+    return __version__
+
+
+def _sub(name):
+    fn, arguments = COMMANDS[name]
+    head, _, rest = fn.__doc__.strip().partition("\n")
+    sub = Parser(prog=f"luthier {name}", description=textwrap.dedent(head + "\n" + textwrap.dedent(rest)).strip())
+    for names, options in arguments:
+        sub.add_argument(*names, **options)
+    sub.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    return sub
+
+
+def _parse(argv):
+    words = [w for w in argv if w != "--debug"]
+    if not words or words[0] in ("-h", "--help", "--version"):
+        parser().parse_args(words or ["--help"])
+    name = words[0]
+    if name not in COMMANDS:
+        if name.startswith("-"):
+            raise LuthierError(f"There is no flag {name[:40]!r} before the command. See `luthier --help`.")
+        raise LuthierError(f"There is no command {name[:40]!r}. {nearest(name, COMMANDS)} See `luthier --help`.")
+    sub = _sub(name)
+    a, extra = sub.parse_known_args(words[1:])
+    if extra:
+        sub.refuse(extra)
+    a.argv = words
+    return COMMANDS[name][0], a
+
+
+def main(argv=None):
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        fn, a = _parse(argv)
+        code = fn(a) or 0
+        sys.stdout.flush()
+        return code
+    except SystemExit as e:                                # --help and --version
+        return e.code or 0
+    except KeyboardInterrupt:
+        _complain("Stopped by Ctrl-C.", debug)
+        return 130
+    except BrokenPipeError:                                # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except LuthierError as e:
+        _complain(str(e), debug)
+        return 130 if getattr(e, "interrupted", False) else 2
+    except Exception as e:
+        _complain(f"{type(e).__name__}: {' '.join(str(e).split())[:400]} This is a defect of Luthier, not of your input: please report "
+                  "it with what `--debug` shows.", debug)
+        return 1
+
+
+def _complain(text, debug):
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    print(textwrap.fill(f"luthier: {text}", width, break_long_words=False, break_on_hyphens=False), file=sys.stderr)

@@ -1,0 +1,144 @@
+"""From data to a tuned folder, and what such a folder is good for.
+
+    tune(data, model, chain, out)     train, evaluate, save: OUT/recipe.json, OUT/state.safetensors, OUT/checkpoints/
+    reopen(folder)                    -> (task, tuned): ready to predict, without the data
+    export(folder, out)               the merged, plain model that any other tool loads
+"""
+
+import json
+import os
+from pathlib import Path
+
+from . import save
+from .errors import BadState, DoesNotFit, RunStopped
+
+
+def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no", progress=None,
+         log=None, say=lambda text: None, **task_options):
+    """Fit `chain` to the data; returns {"metric": ..., ...} on the test split. On a stop (Ctrl-C, NaN, full disk) the last good
+    state is what lies in `out`, and `resume` goes on from it."""
+    from . import tasks
+    from .compare.fit import ready
+    from .train import train
+
+    out, model = Path(out), os.path.abspath(model) if os.path.isdir(model) else model
+    if (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists():
+        raise BadState(f"{out} holds a tuned model already. Choose another folder, or move it away.")
+    task = tasks.open(data, model=model, **task_options)
+    facts = task.describe()
+    say(f"{facts['source']}: {facts['kind']}, " + ", ".join(f"{n:,} {s}" for s, n in facts["sizes"].items())
+        + f"; columns {', '.join(f'{k}={v}' for k, v in facts['columns'].items())}; scored by {task.metric}"
+        + "".join(f"\n  {note}" for note in facts["notes"]))
+    tuned = ready(task, chain, seed, batch_size)
+    extra = {"task": task.spec(), "seed": seed}
+    try:
+        history = train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume, every=every,
+                        precision=precision, progress=progress, log=log)
+    except RunStopped as stop:
+        if tuned.k:                                        # tuned holds the last good state; keep it usable, if the disk lets us
+            try:
+                tuned.save(out, extra=extra | {"steps": tuned.k})
+            except BadState:
+                pass
+        raise stop
+    scores = task.evaluate(tuned)
+    tuned.save(out, extra=extra | {"steps": history["steps"], "scores": scores})
+    return scores
+
+
+def reopen(folder):
+    """The task of a folder that `tune` wrote, and its model with the tuned state attached."""
+    from . import tasks
+
+    recipe = save.read(folder)
+    if "task" not in recipe["extra"]:
+        raise BadState(f"{folder} was saved from Python without its task, so nobody knows how to read an input. In Python, use "
+                       "luthier.load(model, folder); or tune with `luthier tune`.")
+    task = tasks.restore(recipe["extra"]["task"])
+    model = task.build(seed=recipe["extra"].get("seed", 0))
+    return task, save.load(model, folder).eval()
+
+
+def inputs(task, source):
+    """What a user gives to predict: a text, an image file, a folder of images, a file of rows (.txt: one a line), or - for stdin."""
+    import sys
+
+    from .tasks.source import IMAGES
+
+    image = task.kind.startswith("image")
+    if source == "-":
+        return [line for line in sys.stdin.read().splitlines() if line.strip()]
+    path = Path(source)
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError:                                        # a text too long to be a name
+        folder = file = False
+    if image and folder:
+        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES)
+        if not found:
+            raise DoesNotFit(f"The folder {path} holds no image ({' '.join(IMAGES)}).")
+        return found
+    if image or not file:
+        return [str(source)]
+    if path.suffix == ".txt":
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    from .tasks.read import table
+
+    rows = table(path, 0, [])
+    return [dict(zip(rows.columns, row, strict=True)) for row in zip(*rows.columns.values(), strict=True)]
+
+
+def export(folder, out):
+    """Write the merged model into `out` as its own library saves it; returns the names of the files."""
+    from .tasks import Headed
+
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise BadState(f"{out} is not empty. Give a new folder for the merged model.")
+    task, tuned = reopen(folder)
+    tuned.merge()
+    model = tuned.model
+    headed = isinstance(model, Headed)
+    body = model.backbone if headed else model
+    out.mkdir(parents=True, exist_ok=True)
+    how = _plain(body, out)
+    if task.options.get("tokenizer") or task.kind != "image-classification":
+        task.tokenizer.save_pretrained(out)
+    if headed:
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous().clone() for k, v in model.head.state_dict().items()}, out / "head.safetensors")
+        (out / "head.json").write_text(json.dumps({"pool": model.pool, **task.spec()}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (out / "README.md").write_text(_card(task, tuned, model, how, headed), "utf-8")
+    return sorted(p.name for p in out.iterdir())
+
+
+def _plain(body, out):
+    """Save a module as its library does; returns the line of Python that loads it."""
+    if hasattr(body, "save_pretrained"):
+        body.save_pretrained(out)
+        return f"transformers.{type(body).__name__}.from_pretrained(\"{out.name}\")"
+    from safetensors.torch import save_file
+
+    config = getattr(body, "pretrained_cfg", None)
+    save_file({k: v.contiguous().clone() for k, v in body.state_dict().items()}, out / "model.safetensors")
+    if config:
+        name = config.get("architecture") or type(body).__name__
+        return f"timm.create_model(\"{name}\", num_classes=0, checkpoint_path=\"{out.name}/model.safetensors\")"
+    return "model.load_state_dict(safetensors.torch.load_file(\"model.safetensors\"))"
+
+
+def _card(task, tuned, model, how, headed):
+    licence = getattr(getattr(model, "luthier_origin", None), "licence", "unknown")
+    head = f"""
+The task's head is a linear layer in `head.safetensors`: `logits = head(pool(hidden))`, pool = `{model.pool}`; labels and all else
+that is needed to read its output are in `head.json`.
+""" if headed else ""
+    return f"""# {task.model}, tuned by Luthier
+
+`{tuned.chain!r}` for {task.kind}, merged into the weights: a plain model, nothing of Luthier is needed to load it.
+
+    {how}
+{head}
+Licence of the base model: {licence}.
+"""
