@@ -70,6 +70,7 @@ def test_dinov2_sees_what_survives_a_flip():
 
 @pytest.mark.parametrize("name, text, right", [
     ("antiberty", "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCAK", 0.85),
+    ("rxnfp", "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F", 0.85),
     ("rxnmapper", "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F", 0.85)])
 def test_masked_tokens_are_guessed(name, text, right):
     """Every third token in turn is masked. The tokenizers were rebuilt: this says that they number tokens as in training."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import BadData, UnknownName, named, nearest
 from . import arrays
-from .read import SUFFIXES, Data, Table, suffix, table
+from .read import MOST_ROWS, SUFFIXES, Data, Table, suffix, table
+from .roles import NAMES
 
 SPLITS = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "devel"),
           "test": ("test", "testing", "tst", "eval", "all")}
@@ -41,7 +42,8 @@ def find(source, seed=0):
         return arrays.BUILT_IN[source](seed)
     if (found := _named(source, seed)) is not None:
         return found
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not suffix(source) and not path.parent.is_dir() or source.startswith("hub:"):
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not suffix(source) and not path.parent.is_dir()
+    if hub or source.startswith("hub:"):
         return _hub(source.removeprefix("hub:"), seed)
     if os.sep in source or suffix(source):
         here = path.parent if path.parent.is_dir() else Path(".")
@@ -179,24 +181,38 @@ def _images(path):
 
 
 def _hub(name, seed):
+    """OWNER/NAME of the hub, or OWNER/NAME:CONFIGURATION."""
     try:
         import datasets
     except ImportError as error:
-        raise BadData(f"{name} reads as a hub data set, and the package datasets is not installed. pip install datasets, or "
-                      "give a "
-                      "file or folder.") from error
+        raise BadData(f"{name} reads as a hub data set, and the package datasets is not installed. pip install datasets, or give "
+                      "a file or folder.") from error
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(*name.split(":", 1))
     except Exception as error:
         raise BadData(f"The hub data set {name} could not be loaded: {str(error).splitlines()[0][:200]} Check the name and the "
                       "network, or download its files and give their folder.") from error
     splits = {}
     for split, part in found.items():
         key = next((s for s, words in SPLITS.items() if split.lower() in words), None)
-        if key and key not in splits:
-            part = part.shuffle(seed=seed).select(range(1_000_000)) if len(part) > 1_000_000 else part
-            splits[key] = Table({n: list(part[n]) for n in part.column_names}, f"{name} ({split})", None, "row")
+        if key is None or key in splits:
+            continue
+        part = part.shuffle(seed=seed).select(range(MOST_ROWS)) if len(part) > MOST_ROWS else part
+        columns = {n: _spelled(list(part[n]), part.features.get(n)) for n in part.column_names}
+        if not any(n in NAMES["label"] and all(v is None for v in values) for n, values in columns.items()):     # kept secret
+            splits[key] = Table(columns, f"{name} ({split})", None, "row")
+    if not splits:
+        raise BadData(f"The hub data set {name} has no split called train, validation or test: {', '.join(found)}. Download its "
+                      "files and give one.")
     if "train" not in splits:
         splits = {"all": next(iter(splits.values()))}
-    feature = next((f for n, f in part.features.items() if n in ("label", "labels") and hasattr(f, "names")), None)
-    return Data(name, splits, [], feature.names if feature else None)
+    return Data(name, splits)
+
+
+def _spelled(values, feature):
+    """Numbers of classes as their names; -1, which stands for a label that is kept secret, as None."""
+    names = getattr(feature, "names", None)
+    if names:
+        return [names[v] if v is not None and v >= 0 else None for v in values]
+    inner = getattr(getattr(feature, "feature", None), "names", None)
+    return [[inner[v] for v in row] for row in values] if inner else values

@@ -137,14 +137,34 @@ SMILES = r"\[[^\]]+]|Br|Cl|>>|%[0-9]{2}|[A-Za-z0-9().=#+\\/:~@?>*$-]"
 
 def rxnmapper(source, folder):
     """A masked-language ALBERT over reaction SMILES; tokens are atoms, bonds, ring numbers and brackets."""
-    from tokenizers import Regex, pre_tokenizers
     from transformers import AlbertConfig, AlbertForMaskedLM
     state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
     fill(AlbertForMaskedLM(AlbertConfig.from_pretrained(source)), state, source.name,
          ("albert.pooler.",)).save_pretrained(folder)
-    cut = pre_tokenizers.Split(Regex(SMILES), "isolated")
+    smiles_tokenizer(source, folder)
+
+
+def rxnfp(source, folder):
+    """A BERT over reaction SMILES and two fine-tuned siblings; the keys say which head was stored."""
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+    state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    config, drop = BertConfig.from_pretrained(source), ()
+    if "cls.predictions.bias" in state:
+        make, drop = BertForMaskedLM, ("bert.pooler.", "cls.seq_relationship.")
+        state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"]        # one tensor, later named twice
+    elif "classifier.weight" in state:
+        make, config.num_labels = BertForSequenceClassification, len(state["classifier.bias"])
+    else:
+        make = BertModel
+    fill(make(config), state, source.name, drop).save_pretrained(folder)
+    smiles_tokenizer(source, folder)
+
+
+def smiles_tokenizer(source, folder):
+    from tokenizers import Regex, pre_tokenizers
     special = dict(pad_token="[PAD]", mask_token="[MASK]")
-    vocabulary_tokenizer(lines(source / "vocab.txt"), cut, "[UNK]", special, folder, "[CLS]", "[SEP]")
+    vocabulary_tokenizer(lines(source / "vocab.txt"), pre_tokenizers.Split(Regex(SMILES), "isolated"), "[UNK]", special, folder,
+                         "[CLS]", "[SEP]")
 
 
 def whisper_ct2(source, folder):
