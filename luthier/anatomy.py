@@ -41,7 +41,7 @@ MAJOR = {"backbone": "backbone", "vision": "vision|visual|image|img|pixel", "tex
 MINOR = {"encoder": "encoder", "decoder": "decoder"}
 INPUTS = {"input_ids", "pixel_values", "input_features", "input_values", "past_values", "sample", "query_embeds"}
 # ---- true exceptions
-PER_HEAD = re.compile("GPTNeoX|Bloom|Persimmon|Fuyu|Deberta")       # fused rows are (head, qkv, width), not (qkv, head, width)
+PER_HEAD = re.compile("GPTNeoX|Bloom|Persimmon|Fuyu|^DisentangledSelfAttention")       # fused rows are (head, qkv, width), not (qkv, head, width)
 UP_FIRST = re.compile("^(GEGLU|SwiGLU)$")                           # fused up and gate: the second half is the gate
 POOLED = re.compile("(CLIP|CLIPSeg|OwlViT|Blip).*Vision")           # the last norm sees the pooled vector, not the stream
 WITHOUT_CLS = re.compile("Siglip")                                  # text encoders that do not begin with a sentence token
@@ -313,9 +313,9 @@ class Block:
         for p, x in self.free.items():
             for k in x.params if under(p, core) else ():
                 name = re.sub(r"^linear_|_proj$|_?1d$|_log$", "", x.name if k == "weight" and p != core else k)
-                self.claim(x, f"{group}.{name}", group, param=k)
+                self.claim(x, f"{group}.{'out_norm' if name == 'norm' else name}", group, param=k)
                 self.width = x.d_out if name == "out" else self.width
-        self.streams.append((f"{group}.out", core, "out", None))
+        self.streams.append((group.replace("ssm", "mixer") + ".out", core, "out", None))
 
     def experts(self):
         """Experts stacked in 3-D parameters, and the router before any experts."""
@@ -708,7 +708,7 @@ def scan(model):
         last = s.final_module if s.final_module is not None else s.blocks[-1]
         if s.embed_module is None:
             s.embed, s.embed_module = "in", s.blocks[0]
-        for name, m, layout, key in (("embed", s.embed_module, "in" if s.embed == "in" else "out", (at, -2)),
+        for name, m, layout, key in (("embed", s.embed_module, "in" if s.embed == "in" else "out", (at, -3)),
                                      ("final", last, "out", (max(ends[paths[id(last)]], ends[paths[id(s.blocks[-1])]]), 9))):
             found.append((key, Site(dot + name, "stream", m, paths[id(m)], name, s.name, layout, d_in=s.dim, d_out=s.dim, stack=s)))
     return named([s for _, s in sorted(found, key=lambda f: f[0])]), model, tuple(stacks)

@@ -3,6 +3,9 @@
 `TABLE[name] = (build, roles)`: roles are those of weight sites inside blocks (written from knowledge of the architecture, never
 from the finder's own output), plus what is before and after. A model's roles may be more (norms, raw parameters), never fewer."""
 
+import inspect
+import pathlib
+import re
 from functools import lru_cache
 
 import torch
@@ -72,6 +75,7 @@ add("gpt-j", f"embed.token {ATTN} attn.norm mlp.up mlp.down final.norm head", "G
     rotary_dim=4, **IDS)
 add("gpt-neo", GPT, "GPTNeoForCausalLM", hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], **IDS)
 add("gpt-bigcode", GPT, "GPTBigCodeForCausalLM", n_embd=32, n_layer=2, n_head=4, multi_query=True, **IDS)
+add("gpt-bigcode-mha", GPT, "GPTBigCodeForCausalLM", n_embd=32, n_layer=2, n_head=4, multi_query=False, **IDS)
 add("codegen", f"embed.token {ATTN} attn.norm mlp.up mlp.down final.norm head", "CodeGenForCausalLM", n_embd=32, n_layer=2, n_head=4,
     rotary_dim=4, **IDS)
 add("opt", GPT, "OPTForCausalLM", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32, **IDS)
@@ -159,7 +163,8 @@ add("led", f"embed.token embed.position {ATTN} cross.q cross.o mlp.up mlp.down h
 # ---- vision
 add("vit", VIT, "ViTForImageClassification", **D, **IMG)
 add("deit", VIT + " embed.dist", "DeiTForImageClassificationWithTeacher", **D, **IMG)
-add("beit", VIT.replace("embed.position ", "").replace("final.norm ", ""), "BeitForImageClassification", **D, **IMG, use_mean_pooling=False)
+add("beit", VIT.replace("embed.position ", "").replace("final.norm ", ""), "BeitForImageClassification", **D, **IMG,
+    use_mean_pooling=False, use_relative_position_bias=True)
 add("dinov2", VIT, "Dinov2ForImageClassification", **D, image_size=28, patch_size=14, mlp_ratio=2)
 add("dinov2-giant", VIT.replace(" head", "") + " mlp.gate", "Dinov2Model", **D, image_size=28, patch_size=14, use_swiglu_ffn=True)
 add("dinov2-reg", VIT + " embed.register", "Dinov2WithRegistersForImageClassification", **D, image_size=28, patch_size=14)
@@ -183,7 +188,7 @@ add("sam", f"embed.patch embed.position {ATTN} attn.norm {CROSS} mlp.up mlp.down
     mask_decoder_config=dict(hidden_size=16, mlp_dim=32, num_hidden_layers=2, num_attention_heads=2, iou_head_hidden_dim=16))
 add("mobilevit", f"embed.conv conv.0 conv.1 conv.2 {ATTN} attn.norm mlp.up mlp.down mlp.norm head", "MobileViTForImageClassification",
     hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 12, 16, 20, 24, 32], num_attention_heads=2, image_size=64, mlp_ratio=2.0)
-add("vit-mae", VIT.replace(" head", "").replace("final.norm", "final.norm"), "ViTMAEForPreTraining", **D, **IMG, decoder_hidden_size=16,
+add("vit-mae", VIT.replace(" head", ""), "ViTMAEForPreTraining", **D, **IMG, decoder_hidden_size=16,
     decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32)
 add("yolos", VIT.replace(" head", ""), "YolosForObjectDetection", **D | IMG | dict(image_size=[32, 32]), num_detection_tokens=3)
 add("dpt", VIT.replace(" head", ""), "DPTForDepthEstimation", **D | dict(num_hidden_layers=4), **IMG, backbone_out_indices=[0, 1, 2, 3],
@@ -205,7 +210,7 @@ add("blip", DUAL + f" {CROSS} embed.cls final.norm head", "BlipForConditionalGen
 add("blip-vqa", DUAL + f" {CROSS} embed.cls final.norm head", "BlipForQuestionAnswering", text_config=TEXT | dict(encoder_hidden_size=32),
     vision_config=VISION, projection_dim=16)
 add("blip2", DUAL + f" {CROSS} final.norm head", "Blip2ForConditionalGeneration", vision_config=VISION,
-    qformer_config=D | dict(encoder_hidden_size=32, vocab_size=60), num_query_tokens=4,
+    qformer_config=D | dict(encoder_hidden_size=32, vocab_size=60), num_query_tokens=4, image_token_index=5,
     text_config=dict(model_type="opt", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
                      vocab_size=60))
 add("llava", DUAL + " mlp.gate final.norm head", "LlavaForConditionalGeneration", vision_config=VISION | dict(model_type="clip_vision_model"),
@@ -217,18 +222,17 @@ add("idefics3", DUAL + " mlp.gate final.norm head", "Idefics3ForConditionalGener
     text_config=D | IDS | dict(model_type="llama"), image_token_id=5)
 add("paligemma", DUAL + " mlp.gate final.norm head", "PaliGemmaForConditionalGeneration",
     vision_config=VISION | dict(model_type="siglip_vision_model", projection_dim=32),
-    text_config=D | IDS | dict(model_type="gemma", num_key_value_heads=1, head_dim=8), image_token_index=5)
+    text_config=D | IDS | dict(model_type="gemma", num_key_value_heads=1, head_dim=8), image_token_index=5,
+    projection_dim=32)
 add("qwen2-vl", f"embed.token embed.patch {ATTN} attn.norm mlp.gate mlp.up mlp.down mlp.norm final.norm head",
     "Qwen2VLForConditionalGeneration", text_config=D | IDS | dict(num_key_value_heads=2, rope_parameters=dict(
         rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
-    vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4))
+    vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4), image_token_id=5, vision_start_token_id=3)
 add("vilt", BERT.replace("head", "embed.patch embed.cls final.norm pool head"), "ViltForQuestionAnswering", **D | IMG, **IDS)
 add("git", f"embed.token embed.position embed.patch {ATTN} mlp.up mlp.down head", "GitForCausalLM", **D, **IDS, vision_config=VISION)
 add("owlvit", DUAL + " embed.cls final.norm", "OwlViTForObjectDetection", text_config=TEXT, vision_config=VISION, projection_dim=32)
 add("flava", DUAL + " embed.cls final.norm pool", "FlavaModel", text_config=TEXT, image_config=VISION,
     multimodal_config=dict(D), projection_dim=16)
-add("trocr", VIT.replace("embed.cls embed.position ", "").replace("final.norm ", "") + f" {CROSS}", "VisionEncoderDecoderModel",
-    **{}) if False else None
 
 # ---- detection
 add("detr", f"{ATTN} attn.norm {CROSS} mlp.up mlp.down mlp.norm", "DetrForObjectDetection", use_timm_backbone=False, use_pretrained_backbone=False,
@@ -361,8 +365,107 @@ def hand():
     return Hand().eval()
 
 
+@row("hand-blocks", "embed.proj attn.q attn.k attn.v attn.o attn.norm mlp.up mlp.down mlp.norm head")
+def numbered():
+    """No list at all: block1 and block2."""
+    class Numbered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block1, self.block2, self.head = nn.Linear(8, 32), HandBlock(32, 4), HandBlock(32, 4), nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.block2(self.block1(self.embed(x))).mean(1))
+    return Numbered().eval()
+
+
 @lru_cache(None)
 def built(name):
     """The model of a row, built once, always the same."""
     torch.manual_seed(0)
     return TABLE[name][0]()
+
+
+def feed(name):
+    """Some input that the model of a row runs on."""
+    model, draw = built(name), torch.Generator().manual_seed(0)
+    takes, config = inspect.signature(inspect.unwrap(type(model).forward)).parameters, getattr(model, "config", None)
+    ids = torch.randint(6, 50, (2, 8), generator=draw)
+    ids[:, -1] = 2
+    pictures = ids.clone()
+    pictures[:, :4] = 5                                             # where four image tokens go
+
+    def noise(*shape):
+        return torch.randn(shape, generator=draw)
+    special = {
+        "vilt": lambda: dict(input_ids=ids, pixel_values=noise(2, 3, 32, 32)),
+        "time-series-transformer": lambda: dict(
+            past_values=noise(2, 10), past_time_features=noise(2, 10, 1), past_observed_mask=torch.ones(2, 10),
+            future_values=noise(2, 4), future_time_features=noise(2, 4, 1)),
+        "patchtst": lambda: dict(past_values=noise(2, 16, 2)),
+        "patchtsmixer": lambda: dict(past_values=noise(2, 16, 2)),
+        "unet2d-condition": lambda: dict(sample=noise(2, 4, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=noise(2, 5, 16)),
+        "dit": lambda: dict(hidden_states=noise(2, 4, 8, 8), timestep=torch.tensor([3, 3]), class_labels=torch.tensor([1, 2])),
+        "hand-written": lambda: dict(ids=ids),
+        "hand-blocks": lambda: dict(x=noise(2, 5, 8)),
+        "nn.TransformerEncoder": lambda: dict(src=noise(2, 5, 32)),
+        "nn.Transformer": lambda: dict(src=noise(2, 5, 32), tgt=noise(2, 4, 32)),
+        "qwen2-vl": lambda: dict(input_ids=torch.cat([torch.tensor([[config.vision_start_token_id] + [config.image_token_id] * 4]), ids[:1]], 1),
+                                 pixel_values=noise(16, 3 * 2 * 4 * 4), image_grid_thw=torch.tensor([[1, 4, 4]]),
+                                 mm_token_type_ids=torch.tensor([[0, 1, 1, 1, 1] + [0] * 8])),
+        "ast": lambda: dict(input_values=noise(2, 16, 8)),
+        "clap": lambda: dict(input_ids=ids, input_features=noise(2, 1, 64, 16), is_longer=torch.zeros(2, 1, dtype=torch.bool)),
+        "whisper": lambda: dict(input_features=noise(2, 8, 64), decoder_input_ids=ids),
+        "videomae": lambda: dict(pixel_values=noise(2, 4, 3, 16, 16)),
+        "llava": lambda: dict(input_ids=pictures, pixel_values=noise(2, 3, 32, 32)),
+        "paligemma": lambda: dict(input_ids=pictures, pixel_values=noise(2, 3, 32, 32), token_type_ids=torch.zeros_like(ids)),
+        "blip2": lambda: dict(input_ids=pictures, pixel_values=noise(2, 3, 32, 32)),
+        "idefics3": lambda: dict(input_ids=pictures[:, 3:], pixel_values=noise(2, 1, 3, 32, 32)),
+        "idefics": lambda: dict(input_ids=ids, pixel_values=noise(2, 1, 3, 32, 32), image_attention_mask=torch.ones(2, 8, 1, dtype=torch.long)),
+        "blip-vqa": lambda: dict(input_ids=ids, pixel_values=noise(2, 3, 32, 32), decoder_input_ids=ids)}
+    if name in special:
+        return special[name]()
+    if name.startswith(("timm", "torchvision")):
+        size = {"timm-vit-reg": 28, "timm-eva02": 28, "timm-vit": 32, "timm-swin": 32, "timm-beit": 32}.get(name, 64)
+        return dict(x=noise(2, 3, size, size))
+    if "input_values" in takes:
+        return dict(input_values=noise(2, 400))
+    given = {}
+    if "pixel_values" in takes:
+        owner = next((c for k in ("vision_config", "image_config") if (c := getattr(config, k, None)) is not None), config)
+        size = getattr(owner, "image_size", 64) if name not in ("convnext", "resnet", "regnet", "segformer", "mobilevit") else 64
+        size = size if isinstance(size, int) else size[0]
+        given["pixel_values"] = noise(2, 3, size, size)
+    if "input_ids" in takes:
+        given["input_ids"] = ids
+    if "decoder_input_ids" in takes:
+        given["decoder_input_ids"] = ids
+    return given
+
+
+# ---- the page docs/sites.md
+COLUMNS = {
+    "embedding": r"^embed\.(token|position|type|patch|cls|register|conv|proj|relative|mask|dist)", "attention": r"^attn\.(\w+)$",
+    "cross": r"^cross\.(\w+)$", "MLP": r"^mlp\.(up|gate|down|shared)", "experts": r"^mlp\.(expert|router)", "mixer": r"^(?:ssm|mix)\.(\w+)$",
+    "convolution": r"^(conv|se)\.", "after": r"^(pool|final\.norm|head)"}
+
+
+def table():
+    """docs/sites.md: architecture x roles found."""
+    from luthier.site import sites
+    lines = ["# Sites in every architecture", "",
+             f"Generated by `python tests/architectures.py` from tiny randomly initialised models: {len(TABLE)} architectures, each held by",
+             "`tests/test_sites.py` to the roles its paper describes, to every parameter being in exactly one site, and to exact reading and",
+             "writing. A name is `[tower.]block.i.role`; `luthier sites MODEL` lists them for your model.", "",
+             "|architecture|towers (blocks)|" + "|".join(COLUMNS) + "|", "|" + "-|" * (len(COLUMNS) + 2)]
+    for name in TABLE:
+        found = sites(built(name))
+        cells = [", ".join(f"{s.name or 'one'} ({s.n_blocks})" for s in found.stacks)]
+        for pattern in COLUMNS.values():
+            hits = [m[1] for s in found if s.kind == "weight" and (m := re.search(pattern, s.role))]
+            cells.append(" ".join(dict.fromkeys(hits)))
+        lines.append(f"|{name}|" + "|".join(cells) + "|")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    pathlib.Path(__file__).parent.parent.joinpath("docs", "sites.md").write_text(table())
