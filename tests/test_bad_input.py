@@ -492,13 +492,13 @@ def test_evidence_name(name, says):
 
 COMMANDS = [  # (arguments, words that the message must hold)
     (["sites", "minilmm"], "minilm"), (["sites", "nowhere/at/all"], ""), (["sites", ""], ""), (["zooo"], "zoo"),
-    (["compair"], "compare"), (["systems", "--jsn"], ""), (["evidence"], ""), (["evidence", "B999"], ""),
-    (["evidence", "B105", "--seeds", "a"], "seeds"), (["evidence", "B105", "--seeds", "1,1"], "seeds"),
-    (["evidence", "B105", "--seeds", "0"], "seeds"), (["cost", "minilmm", "lora()"], "minilm"),
+    (["compair"], "compare"), (["systems", "--jsn"], ""), (["evidence", "B999"], ""),
+    (["evidence", "B092", "--seeds", "a"], "seeds"), (["evidence", "B092", "--seeds", "1,1"], "seeds"),
+    (["evidence", "B092", "--seeds", "0"], "seeds"), (["cost", "minilmm", "lora()"], "minilm"),
     (["cost", "shape:llama-7b", "lor()"], "lora"), (["cost", "shape:nope", "lora()"], ""),
-    (["cost", "shape:llama-7b", "lora(rank=-1)"], "rank"), (["compare", "nowhere.csv", "--model", "minilm"], "nowhere.csv"),
-    (["compare", "digit", "--model", "dinov2-s"], "digits"), (["compare", "digits"], "model"),
-    (["compare", "digits", "--model", "dinov2-s", "--methods", "lor()"], "lora"),
+    (["cost", "shape:llama-7b", "lora(rank=-1)"], "rank"), (["compare", "nowhere.csv", "--model", "minilm", "--out", "OUT"], "nowhere.csv"),
+    (["compare", "digit", "--model", "dinov2-s", "--out", "OUT"], "digits"), (["compare", "digits"], "model"),
+    (["compare", "digits", "--model", "dinov2-s", "--methods", "lor()", "--out", "OUT"], "lora"),
     (["compare", "digits", "--model", "dinov2-s", "--methods", "lora(", "--out", "OUT"], ""),
     (["compare", "digits", "--model", "dinov2-s", "--seeds", "x", "--out", "OUT"], "seeds"),
     (["compare", "digits", "--model", "dinov2-s", "--seeds", "0", "--out", "OUT"], "seeds"),
@@ -531,7 +531,7 @@ def test_command_line(tmp_path, monkeypatch, capsys, argv, says):
     assert code == 2 and not said.out.strip(), (code, said.out)
     assert "Traceback" not in said.err and "\n\n" not in said.err.strip() and len(said.err.strip()) > 10, said.err
     for word in says.split():
-        assert word in said.err, said.err
+        assert word in said.err, said.err                    # words are wrapped between, never within
     assert os.listdir(tmp_path) == []                        # nothing written
 
 

@@ -7,6 +7,7 @@ A runner (`luthier/evidence/b105.py`, named by the id) states `SYSTEM CLAIM BASE
 verdict is a function of stored figures, a test derives every stored verdict anew: nobody can type one.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -170,11 +171,20 @@ def _machine():
 
 
 def _write(found, folder):
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{found['system']}.json"
     partial = path.with_suffix(f".{os.getpid()}.part")
     try:
-        partial.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(_text(found), encoding="utf-8")
         os.replace(partial, path)
+    except OSError as e:
+        raise LuthierError(f"{path} cannot be written ({e.strerror or e}). Give another folder with --out.") from e
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _text(found):
+    """JSON with a line for each figure: readable, and a change shows as one line."""
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda m: " ".join(m[0].split()), text) + "\n"

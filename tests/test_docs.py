@@ -1,0 +1,59 @@
+"""Generated pages say what the code and the records say, and what is linked exists. (tests/test_sites.py holds docs/sites.md.)"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from luthier import docs, systems
+from luthier.errors import LuthierError
+from luthier.method import discover
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_pages_are_fresh():
+    assert docs.stale(ROOT / "docs", slow=False) == [], "run `luthier docs`"
+
+
+def test_every_method_has_a_page_and_a_row():
+    made = docs.pages(slow=False)
+    for name, thing in discover().items():
+        if not thing.__module__.startswith("luthier.methods."):
+            continue
+        page = made[f"methods/{name}.md"]
+        assert f"(methods/{name}.md)" in made["methods.md"] and page.count("```text") == 1
+        for field in thing.__dataclass_fields__ if isinstance(thing, type) else ():
+            assert f"| `{field}` |" in page, (name, field)
+        for check, why in getattr(thing, "exempt", {}).items():
+            assert f"- `{check}`: {why}" in page
+
+
+def test_every_system_has_a_row():
+    text = docs.pages(slow=False)["systems.md"]
+    for row in systems.systems():
+        assert len(re.findall(rf"^\| \[?{row['id']}\b.*\| {row['state']} \|", text, re.M)) >= 1, row["id"]
+
+
+def test_pages_go_stale_and_are_written_and_removed(tmp_path):
+    everything = sorted(docs.pages(slow=False))
+    assert docs.stale(tmp_path, slow=False) == everything == docs.write(tmp_path, slow=False)
+    assert docs.stale(tmp_path, slow=False) == []
+    (tmp_path / "methods.md").write_text("typed", encoding="utf-8")
+    (tmp_path / "methods" / "gone.md").write_text("an old method", encoding="utf-8")
+    (tmp_path / "guide.md").write_text("by hand", encoding="utf-8")
+    assert docs.stale(tmp_path, slow=False) == ["methods.md", "methods/gone.md"] == docs.write(tmp_path, slow=False)
+    assert docs.stale(tmp_path, slow=False) == [] and (tmp_path / "guide.md").read_text(encoding="utf-8") == "by hand"
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LuthierError, match="cannot be written"):
+        docs.write(tmp_path / "file", slow=False)
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")]), ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
