@@ -144,7 +144,10 @@ def test_dora_starts_at_the_norms_and_leaves_a_row_of_zeros():
     module.weight.data = torch.tensor([[3., 4], [0, 0]])
     p = state(dora(rank=1), place(module))
     assert p.m.flatten().tolist() == [5, 0]
-    assert torch.equal(dora(rank=1).weight(module.weight, p), module.weight)
+    W = dora(rank=1).weight(module.weight, p)
+    assert torch.equal(W, module.weight)
+    W.square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in p.parameters())
 
 
 def test_svfit_by_hand():
@@ -319,9 +322,12 @@ def test_adalora_importance_by_hand():
     p = fill(state(m, place(linear(1, 1))), P=[[2]], lam=[1], Q=[[-1]])
     for t, g in ((p.P, 3), (p.lam, -2), (p.Q, 1)):
         t.grad = torch.full_like(t, g)
-    m.step(Run({"s": p}, 1, 2))
+    m.step(Run({"s": p}, 1, 9))
     wanted = 0.9 * 0.765 + 0.3 * 0.255 + 0.15 * 0.1275
     torch.testing.assert_close(m.score(p), torch.tensor([wanted]))
+    p.lam.grad = p.P.grad = p.Q.grad = None                                      # a site the batch never reached
+    m.step(Run({"s": p}, 2, 9))
+    torch.testing.assert_close(p.I[0], 0.85 * torch.tensor([0.9, 0.3, 0.15]))
     with pytest.raises(ScheduleNotStepped, match="total_steps"):
         m.step(Run({"s": p}, 1, None))
 

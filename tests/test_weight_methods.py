@@ -307,3 +307,14 @@ def test_compacter_trains_and_states_survive_deepcopy():
     twin = copy.deepcopy(tuned)
     assert len({id(p.A) for p in twin.states.values() if hasattr(p, "A")}) == 1
     assert torch.equal(twin(**PIXELS).logits, tuned(**PIXELS).logits)
+
+
+def test_spiel_keeps_no_second_copy_of_the_weights():
+    from luthier.cost import saved
+
+    tuned = luthier.attach(vit(), "spiel(density=0.05)").train()
+    held = [*tuned.parameters(), *tuned.buffers(), *PIXELS.values()]
+    quick = saved(lambda: tuned(**PIXELS).loss, held)
+    tuned.fast = False
+    weights = sum(4 * s.W.numel() for s in luthier.find(tuned, "linear"))
+    assert saved(lambda: tuned(**PIXELS).loss, held) > quick + weights / 2

@@ -58,8 +58,8 @@ class adalora(Method):
         start, stop = int(self.warmup * run.total), run.total - int(self.final * run.total)
         for p in states:
             if k < stop or not len(p.I):
-                w = [p.P, p.lam[:, None], p.Q]
-                now = torch.cat([t * g for t, g in zip(w, (p.P.grad, p.lam.grad[:, None], p.Q.grad), strict=True)], 1).abs()
+                wg = [t * (torch.zeros_like(t) if t.grad is None else t.grad) for t in (p.P, p.lam, p.Q)]
+                now = torch.cat([wg[0], wg[1][:, None], wg[2]], 1).abs()             # (r, d_out + 1 + d_in)
                 mean, spread = (p.I, p.U) if len(p.I) else (torch.zeros_like(now), torch.zeros_like(now))
                 p.I = self.beta1 * mean + (1 - self.beta1) * now
                 p.U = self.beta2 * spread + (1 - self.beta2) * (now - p.I).abs()

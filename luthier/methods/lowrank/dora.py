@@ -37,4 +37,4 @@ class dora(Method):
 
     def _scale(self, V, p):                # (d_out, 1); a row of zeros has no direction, and stays
         norm = V.detach().norm(dim=1, keepdim=True)
-        return torch.where(norm > 0, p.m / norm, 1)
+        return torch.where(norm > 0, p.m / norm.where(norm > 0, 1), 1)

@@ -1,6 +1,6 @@
 """A full-rank update from fixed random bases; only diagonals train.    W' = W + c Σ_j B_j Λ_j A Γ_j,   j = 1..n
-Albert et al., RandLoRA, ICLR 2025. arXiv:2502.00987 §4; constants after the authors' peft code. With d = min(d_out, d_in),
-D = max, n = ⌈d/r⌉: B_j: (D, r) and A: (r, d) are random with unit standard deviation, shared by all sites of one shape;
+Albert et al., RandLoRA, ICLR 2025. arXiv:2502.00987; constants after the authors' peft code. With d = min(d_out, d_in), D = max,
+n = ⌈d/r⌉: B_j: (D, r) and A: (r, d) are random with unit standard deviation, shared by all sites of one shape;
 Λ_j: (r,) = 0 and Γ_j: (d,) = 1/d train. Where d_out < d_in the sum is transposed, so that Γ is always the short side.
 
 `ternary` draws the bases from {-1, 0, +1} with probabilities 1/6, 2/3, 1/6 (sparse bases); keep rank at 8 or more then, since a

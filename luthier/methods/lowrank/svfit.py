@@ -1,5 +1,5 @@
 """Only the leading singular values train.    W' = U diag(σ) Vᵀ + W_e,   σ: (r,)
-Sun et al., SVFit, 2024. arXiv:2409.05926 §III. W = W_r + W_e is split once: W_r = U diag(σ0) Vᵀ holds the r leading triplets,
+Sun et al., SVFit, 2024. arXiv:2409.05926. W = W_r + W_e is split once: W_r = U diag(σ0) Vᵀ holds the r leading triplets,
 and U: (d_out, r), V: (d_in, r) and the rest W_e stay as they are.
 
 What is stored is s = σ - σ0, so that W' = W + U diag(s) Vᵀ: the same gradients, exactly W at init, and no copy of W_e.
