@@ -42,8 +42,8 @@ def find(source, seed=0):
         return arrays.BUILT_IN[source](seed)
     if (found := _named(source, seed)) is not None:
         return found
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not suffix(source) and not path.parent.is_dir()
-    if hub or source.startswith("hub:"):
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not re.search(r"\.[a-zA-Z]\w*$", source)
+    if hub and not path.parent.is_dir() or source.startswith("hub:"):
         return _hub(source.removeprefix("hub:"), seed)
     if os.sep in source or suffix(source):
         here = path.parent if path.parent.is_dir() else Path(".")
