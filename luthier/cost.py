@@ -93,7 +93,7 @@ def saved(fn, ignore=()):
 
     def pack(t):
         live.add(t)
-        return t
+        return t.detach()                  # the tensor itself would hold its own graph in a circle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = fn()
