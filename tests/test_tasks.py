@@ -342,6 +342,24 @@ def test_tasks_travel_to_other_processes(tmp_path, tiny):
     assert all(torch.equal(a[k], b[k]) for a, b in pairs for k in a)
 
 
+def test_files_larger_than_memory_are_sampled(tmp_path, monkeypatch):
+    from luthier.tasks import read
+    monkeypatch.setattr(read, "MOST_ROWS", 25)
+    path = write(tmp_path / "a.csv", ROWS)
+    tables = [read.table(path, seed, notes := []) for seed in (0, 0, 1)]
+    assert "60 rows, of which a seeded sample of 25" in notes[0] and len(tables[0]) == 25
+    assert tables[0].columns == tables[1].columns != tables[2].columns and tables[0].lines == sorted(tables[0].lines)
+    assert tables[0].columns["sentence"][3] == ROWS[tables[0].lines[3] - 2]["sentence"]              # line 1 is the header
+
+
+def test_images_beyond_the_budget_are_decoded_again(monkeypatch):
+    from luthier.tasks import image
+    monkeypatch.setattr(image, "BUDGET", 3 * 12 * 12 * 3)
+    images = image.Images([picture(i) for i in range(9)], None, 16, ".")
+    first = [images[i]["image"].clone() for i in range(9)]
+    assert len(images.kept) == 3 and all(torch.equal(images[i]["image"], first[i]) for i in range(9))
+
+
 # metrics and pools, by hand
 
 def test_metrics_by_hand():
