@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +147,22 @@ def test_the_search_climbs_to_a_peak():
     for peak in range(5):
         seen = []
         assert climb(lambda i: seen.append(i) or -abs(i - peak), 5) == peak, peak    # noqa: B023
+
+
+def test_records_travel_in_the_wheel(tmp_path):
+    """Built as pip builds it, the package carries the records and finds them away from any checkout."""
+    pytest.importorskip("setuptools")
+    root = Path(systems.__file__).parent.parent
+    if not (root / "setup.py").is_file():
+        pytest.skip("no checkout")
+    for name in ("luthier", "evidence"):
+        shutil.copytree(root / name, tmp_path / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(root / name, tmp_path / "src")
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(build, cwd=tmp_path / "src", check=True, capture_output=True)
+    ask = "import json; from luthier.systems import systems, store; print(json.dumps([str(store()), systems()]))"
+    said = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path / "lib", check=True, capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    where, rows = json.loads(said.stdout)
+    assert where == str(tmp_path / "lib" / "luthier" / "evidence" / "records") and rows == systems.systems()
