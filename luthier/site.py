@@ -1,7 +1,8 @@
 """Where things attach: every model is read as the same small set of named sites.
 
-A weight site is always seen as (d_out, d_in); what the model does with it (fused QKV rows, Conv1D's transposition, kernels, stacked
-experts) is hidden behind `read` and `write`. A stream site is a (B, T, D) token stream, an attend site an attention core."""
+A weight site is always seen as (d_out, d_in); what the model does with it (fused QKV rows, Conv1D's transposition, kernels,
+stacked experts) is hidden behind `read` and `write`. A stream site is a (B, T, D) token stream, an attend site an attention
+core."""
 
 import fnmatch
 import hashlib
@@ -31,8 +32,8 @@ class Stack:
     path: str
     causal: bool = False
     fixed: int = 0                   # leading special tokens (CLS, registers) that nothing may drop or merge
-    embed: str = "out"               # "ids": embed_module is called on ids inside module.forward | "out": its output is the stream
-    embed_module: nn.Module | None = None       # | "in": no such module: the stream begins as the first block's input
+    embed: str = "out"               # "ids": embed_module is called on ids inside module.forward | "out": its output is the
+    embed_module: nn.Module | None = None       # stream | "in": no such module, the stream begins as the first block's input
     final_module: nn.Module | None = None       # None: the last block's output
     blocks: tuple = ()               # the block modules, in order
     dim: int = 0
@@ -219,8 +220,9 @@ def sites(model):
 
 
 GROUPS = {
-    "linear": lambda s: s.block is not None and s.role != "mlp.router" and s.d_in > 1 and (s.layout in ("linear", "conv1d", "stack") or bool(
-        s.layout == "raw" and s.role and s.param.endswith("weight") and s.parameter.dim() == 2)),
+    "linear": lambda s: s.block is not None and s.role != "mlp.router" and (
+        s.layout in ("linear", "conv1d", "stack") or s.layout == "raw" and s.role and s.param.endswith("weight")
+        and s.parameter.dim() == 2),
     "conv": lambda s: s.block is not None and (s.layout == "conv" or s.layout == "raw" and s.parameter.dim() > 2),
     "norm": lambda s: s.layout == "norm",
     "bias": lambda s: bool(s.bias),
@@ -233,7 +235,8 @@ def find(model, selector):
     """Sites that any word of the selector names, in the order data meets them.
 
     `attn.q` is short for `block.*.attn.q`; towers may be left out; `*` never crosses a dot; `block.0-3.out`, `block.6-.out`,
-    `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty; `-WORD` takes sites away again, if there are any."""
+    `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty; `-WORD` takes
+    sites away again, if there are any."""
     every = model if isinstance(model, Sites) else sites(model)
     chosen = set()
     for word in selector.split():
@@ -265,14 +268,14 @@ def _match(every, word):
 def _same(wanted, site):
     parts = (site.name.removeprefix(site.tower + ".") if site.tower else site.name).split(".")
     return len(parts) == len(wanted) and all(
-        w == p or _in_range(w, p, site.stack) or fnmatch.fnmatchcase(p, w) for w, p in zip(wanted, parts, strict=True))
+        w == p or _in_range(w, p, site.stack.n_blocks if site.stack and before == "block" else 0) or fnmatch.fnmatchcase(p, w)
+        for w, p, before in zip(wanted, parts, ["", *parts], strict=False))
 
 
-def _in_range(wanted, part, stack):
+def _in_range(wanted, part, n):
     """`3-5`, `6-`, `-1`, `-4-` against a number; negative counts from the last block."""
     span = part.isdigit() and re.fullmatch(r"(-?\d+)(-(-?\d+)?)?", wanted)
     if not span:
         return False
-    n = stack.n_blocks if stack else 0
     start, stop = (int(x) + n * (x[0] == "-") for x in (span[1], span[3] or span[1]))
     return start <= int(part) and (bool(span[2] and not span[3]) or int(part) <= stop)
