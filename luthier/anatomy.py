@@ -8,7 +8,7 @@ What finds no role stays a site named by its raw parameter path."""
 
 import inspect
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 from torch import nn
@@ -25,9 +25,9 @@ SPECIAL = re.compile(r"cls_token|class_token|class_emb\w*|dist(illation)?_token|
 EMBED = {"relative": r"rel_|relative", "position": r"pos|wpe", "type": r"type|segment", "register": r"reg(ister)?_token",
          "dist": r"dist\w*_token", "cls": SPECIAL, "mask": r"mask"}
 ENTRY = re.compile(r"embed|stem|patch|feature_proj|norm")           # what may stand last before the blocks
-BESIDE = re.compile(r"rotary|rope|rel_|pos_emb|position|time|mask")  # what does not carry the stream
-MAJOR = {"backbone": r"backbone", "vision": r"vision|visual|image|img|pixel", "text": r"text|language|^lm$",
-         "audio": r"audio|speech", "qformer": r"qformer", "fusion": r"fusion|multi_?modal|mm_encoder",
+BESIDE = re.compile(r"rotary|rope|rel_|pos_(?!drop)|position|time|mask")  # what does not carry the stream
+MAJOR = {"backbone": r"backbone", "vision": r"vision|visual|image|img|pixel|^r_layers$", "text": r"text|language|^lm$",
+         "audio": r"audio|speech", "qformer": r"qformer", "fusion": r"fusion|multi_?modal|mm_encoder|^x_layers$",
          "perceiver": r"perceiver|resampler"}
 MINOR = {"encoder": r"encoder", "decoder": r"decoder"}
 INPUTS = {"input_ids", "pixel_values", "input_features", "input_values", "past_values", "sample", "query_embeds"}
@@ -42,29 +42,32 @@ def find_blocks(modules, leaves, cores):
     filled, normed = ({a for x in xs for a in chain(x.path)} for xs in (leaves, [x for x in leaves if x.kind == "norm"]))
     loose = [x.path for x in matrices if within(x.path, cores) is None and not ATTENTION["o"].match(word(x.path))]
     loose = {a for p in loose for a in chain(p)}
-    for numbered in (False, True):                                  # only if no list holds blocks: block1, block2, ...
+    stems = Counter(a.rstrip("0123456789") for a in modules if modules[a]._modules)
+    for numbered, least in (False, 2), (True, 2), (False, 1):       # only if no list holds blocks: block1, block2, ...
         def elements(path, numbered=numbered):
-            return [a for a in chain(path) if a and modules[a]._modules and (
-                isinstance(modules[up(a)], LISTS) or (numbered and a[-1].isdigit()))]
+            return [a for a in chain(path) if a and modules[a]._modules and (isinstance(modules[up(a)], LISTS) or (
+                numbered and a[-1].isdigit() and stems[a.rstrip("0123456789")] > 1))]
         blocks = set()
         for core in cores:                                          # the innermost element with something beside the core in it
             around = elements(core)
             blocks.update([a for a in around if a in loose][:1] or around[:1])
+        blocks -= {a for b in blocks for a in chain(b) if a != b}   # a stage is no block
         taken = {a for b in blocks for a in chain(b)}
         for home in {up(b) for b in blocks if isinstance(modules[up(b)], nn.ModuleList | nn.Sequential)}:
             for name, kid in modules[home]._modules.items():        # its neighbours, such as blocks that are only an MLP
                 path = f"{home}.{name}" if home else name
                 if kid._modules and path not in taken and path in filled:
                     blocks.add(path)
-        if len({up(b) for b in blocks}) != 1:                       # no attention at all, or stages of which some have none
-            region, inside, taken = common(blocks) if blocks else "", defaultdict(list), {a for b in blocks for a in chain(b)}
-            for x in matrices:
-                for a in elements(up(x.path)) if within(x.path, blocks) is None else ():
-                    if under(a, region) and a not in taken:
-                        inside[a].append(x)
-            more = {a for a, xs in inside.items() if len(xs) > 1 and (any(x.wide for x in xs) or (
-                not blocks and (a in normed or any(x.kind != "conv" for x in xs))))}
-            blocks |= more - {a for b in more for a in chain(up(b))}
+        region = "" if not blocks else common(blocks) if len({up(b) for b in blocks}) > 1 else None
+        inside, taken = defaultdict(list), {a for b in blocks for a in chain(b)}
+        senses = {"vision", "audio", "backbone"} - {label(MAJOR, b) for b in blocks}
+        for x in matrices:                                          # stages without attention, towers without any
+            for a in elements(up(x.path)) if within(x.path, blocks) is None else ():
+                if a not in taken and (region is not None and under(a, region) or label(MAJOR, a) in senses):
+                    inside[a].append(x)
+        more = {a for a, xs in inside.items() if len(xs) >= least and (any(x.wide for x in xs) or (
+            not blocks and (a in normed or any(x.kind != "conv" for x in xs))))}
+        blocks |= more - {a for b in more for a in chain(up(b))}
         if blocks:
             break
     if not blocks and len(cores) == 1:
@@ -73,13 +76,15 @@ def find_blocks(modules, leaves, cores):
 
 
 # ---- towers and stacks -------------------------------------------------------------------------------------------------
+def label(table, path):
+    return next((t for part in path.split(".") for t, p in table.items() if re.search(p, part, re.I)), "")
+
+
 def towers(paths):
     """{tower name: block paths}: "" when there is only one, else the shortest telling name."""
-    def first(table, path):
-        return next((t for part in path.split(".") for t, p in table.items() if re.search(p, part, re.I)), "")
     keyed, named = defaultdict(list), {}
     for p in paths:
-        keyed[first(MAJOR, p), first(MINOR, p)].append(p)
+        keyed[label(MAJOR, p), label(MINOR, p)].append(p)
     majors = [major for major, _ in keyed]
     rest = "text" if {"vision", "audio"} & set(majors) else "encoder" if ("", "decoder") in keyed else "main"
     for (major, minor), ps in keyed.items():
@@ -120,7 +125,7 @@ def is_causal(module, blocks, modules, path):
                 return True
         code = inspect.unwrap(type(m).forward).__code__             # a literal is_causal=True in the attention's own code
         if "is_causal" not in code.co_varnames and any(isinstance(c, tuple) and "is_causal" in c for c in code.co_consts):
-            return not hasattr(m, "is_causal") and True in code.co_consts
+            return not hasattr(m, "is_causal") and any(c is True for c in code.co_consts)
     return type(module).__name__ == "BlipTextModel" and "decoder" in path          # told by an argument of its caller
 
 
@@ -136,7 +141,7 @@ def why_not_insert(blocks, inside):
         return "its attention works in windows of the patch grid"
     if any("relative_position_bias_table" in m._parameters for m in inside):
         return "its attention adds a learned bias for each pair of grid positions"
-    if re.search("Segformer|Pvt", kinds):
+    if re.search("Segformer|Pvt|Hiera", kinds):
         return "its tokens are folded to a map inside the attention"
     return "its stream has a channel axis beside batch and time" if "PatchTST" in kinds else ""
 
@@ -198,8 +203,9 @@ def begin(s, first, leaves, roles, modules, place, paths):
     mine = [(x, k, r[0]) for x in leaves for k in x.params if (r := roles[x.path, k])[2] is s and r[0].startswith("embed.")]
     holders = [a for a in chain(up(first)) if under(a, s.path)]
     tokens = [x for x, _, role in mine if role == "embed.token"]
+    takes = arguments(s.module)
     s.embed, s.embed_module = "in", s.blocks[0]
-    if tokens and up(tokens[0].path) in holders:
+    if tokens and up(tokens[0].path) in holders and ("input_ids" in takes or not takes & INPUTS):
         s.embed, s.embed_module, holders = "ids", tokens[0].module, []
     for holder in holders:
         kids = [p for p in modules if p and up(p) == holder and place[p] < place[first] and not any(under(b, p) for b in paths)]
@@ -251,6 +257,8 @@ def scan(model):
     for s in stacks:
         start, end, width = span[s]
         begin(s, path_of[id(s.blocks[0])], held[None][0], roles, modules, place, paths)
+        speaks = "CausalLM" in type(model).__name__ and s.name in ("", "text")
+        s.causal = s.causal or s.embed == "ids" and (speaks or s.name == "decoder" and s.cross)
         last, dot = s.final_module if s.final_module is not None else s.blocks[-1], s.name + "." if s.name else ""
         for name, m, layout, d, key in (("embed", s.embed_module, "in" if s.embed == "in" else "out", width, (start, -3)),
                                         ("final", last, "out", s.dim, (max(ends[path_of[id(last)]], end), 9))):

@@ -11,7 +11,7 @@ from torch import nn
 from .walk import LISTS, arguments, common, under, up, within, word
 
 # ---- names authors use
-_END = "(_proj|_lin|_linear|_layer|_attn|_projection)?$"
+_END = "(_proj|_lin|_linear|_layer|_attn|_head|_projection)?$"
 ATTENTION = {role: re.compile(pattern, re.I) for role, pattern in {
     "qkv": r"^((to_|w|in_)?qkv(_proj|_linear|_layer)?|c_attn|query_key_value|w_?pack|in_proj)$",
     "q_a": r"^q_a_proj$", "q_b": r"^q_b_proj$", "kv_a": r"^kv_a_proj\w*$", "kv_b": r"^kv_b_proj$",
@@ -20,15 +20,16 @@ ATTENTION = {role: re.compile(pattern, re.I) for role, pattern in {
     "k": r"^(to_|w|in_proj_|linear_)?(k|key|keys)" + _END,
     "v": r"^(to_|w|in_proj_|linear_)?(v|value|values)" + _END,
     "r": r"^receptance$",
-    "o": r"^((to_|w|linear_)?(o|out|output)(_proj|_lin|_linear|_layer|_projection)?|c_proj|dense|proj|projection|attn_out)$",
+    "o": r"^((to_|w|linear_)?(o|out|output)(_proj|_lin|_linear|_layer|_projection)?"
+         r"|c_proj|dense|proj|projection|attn_out|post_proj)$",
 }.items()}
 ORDER = {role: i for i, role in enumerate("qkvro")}
 CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|multihead_attn|attn2$", re.I)
 HEAD_NORM = re.compile(r"(q|k|v|query|key|kv_a|q_a|kv_layer)_?\w*norm", re.I)
 EXPERT = re.compile(r"experts\.(?:expert_)?(\d+)\.|(shared_?\w*)\.")
 STACKED = re.compile(r"gate_up_proj|gate_proj|up_proj|down_proj|w[123]|v1|input_linear|output_linear")
-NOT_MLP = re.compile(r"norm|emb|mod(ulation)?$|ada|time|rel_pos|cpb|downsample|reduction|router")
-RECURRENT = ({"x_proj", "dt_proj"}, {"rg_lru"}, {"conv1d", "in_proj", "out_proj"})        # children that make a mixer
+NOT_MLP = re.compile(r"norm|emb|mod(ulation)?$|ada|time|rel_pos|cpb|downsample|reduction|router|temporal_|quer|keys_values")
+RECURRENT = ({"x_proj", "dt_proj"}, {"rg_lru"}, {"conv1d", "in_proj", "out_proj"}, {"conv", "in_proj", "out_proj"})    # kids
 # ---- true exceptions
 PER_HEAD = re.compile(r"GPTNeoX|Bloom|Persimmon|Fuyu|^DisentangledSelfAttention")     # fused rows: (head, qkv, width)
 UP_FIRST = re.compile(r"^(GEGLU|SwiGLU)$")                          # fused up and gate: the second half is the gate
@@ -176,16 +177,19 @@ class Block:
         cores = {core for _, core, _ in self.attends} - {self.path}
         for p, x in self.free.items():
             rel, expert, key = self.rel(p), EXPERT.search(self.rel(p)), ""
-            pair = re.match(r"(intermediate|output)(_\w+)?\.", rel)   # BERT: intermediate.dense and output.dense
             pointwise = not x.wide and (no_wide or re.search(r"fc|pwconv|mlp|ffn", rel))
             if not x.matrix or within(p, cores) or x.kind == "conv" and not pointwise:
                 continue
-            for part in rel.split(".")[:-1] if not pair or x.kind == "conv" else ():
+            pair = re.match(r"(intermediate|output)(_\w+)?\.", rel) if x.kind != "conv" else None
+            if pair:                                                # BERT: intermediate.dense and output.dense
+                groups["beside" + (pair[2] or ""), None].append(x)
+                continue
+            for part in rel.split(".")[:-1]:
                 key = f"{key}.{part}" if key else part
                 if not isinstance(self.modules[self.join(key)], nn.ModuleList) and "mixer" not in part:
                     break
-            if not NOT_MLP.search(key):
-                groups[pair[2] or "" if pair else key, expert and expert[0]].append(x)
+            if not NOT_MLP.search(f"{key}.{word(rel)}" if key else rel):
+                groups[key, expert and expert[0]].append(x)
         for (key, expert), xs in groups.items():
             number = expert and EXPERT.search(expert)[1]
             self.mlp(key, xs, f"expert.{number}." if number else "shared." if expert else "")
@@ -318,7 +322,8 @@ def head_shape(module, config, at, out):
     q = next((v for o in owners if (v := number(
         o, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nheads", "num_head", "nh", "h"))), 0)
     rows = at["q"].d_out if "q" in at else out.d_in if out is not None else 0
-    width = rows // q if q and rows % q == 0 else number(module, "head_dim", "attention_head_size", "dim_head")
+    width = number(module, "head_dim", "attention_head_size", "dim_head")
+    width = width if width and width * q <= rows else rows // q if q and rows % q == 0 else 0
     if not q or not width:
         return None
     kv = at["k"].d_out // width if "k" in at else (at["qkv"].d_out - q * width) // (2 * width) if "qkv" in at else 0

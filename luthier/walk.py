@@ -15,8 +15,8 @@ ZIPPED = (("resnets", "attentions"),)                               # sibling li
 def calls(cls):
     """How cls.forward uses its attributes, its own methods read in their place.
 
-    order: {name: rank} by when each is first called, a(b(x)) calling b first; what is never called, such as a list of blocks,
-    counts where it is last looked at. reads: names whose `.weight` forward takes for itself, beside asking for its dtype."""
+    order: {name: (first, last)} by when each is first called, a(b(x)) calling b first; for what is never called, such as a list
+    of blocks, when it is first and last looked at. reads: names whose `.weight` forward takes, beside asking for its dtype."""
     events, reads, busy = [], set(), set()                          # events: (name, called)
 
     def read(function):
@@ -24,14 +24,18 @@ def calls(cls):
         if code is None or code in busy:
             return
         busy.add(code)
-        ops, ends, used = list(dis.get_instructions(code)), defaultdict(list), []
+        ops, ends, used, loads = list(dis.get_instructions(code)), defaultdict(list), [], defaultdict(list)
         at = {op.offset: op.positions and (op.positions.lineno, op.positions.col_offset) for op in ops}
         for op in ops:
             if op.opname.startswith("CALL"):
                 ends[at[op.offset]].append(op.offset)
+            elif op.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                loads[at[op.offset]].append(op.offset)
         for op, then, after, last in zip(ops, ops[1:] + ops[:1], ops[2:] + ops[:2], ops[3:] + ops[:3], strict=True):
-            if op.opname in ("LOAD_ATTR", "LOAD_METHOD") or inspect.iscode(op.argval):      # called where its call ends
+            if op.opname in ("LOAD_ATTR", "LOAD_METHOD") or inspect.iscode(op.argval):      # a.b(x) begins at a and calls b
                 call = min((e for e in ends[at[op.offset]] if e > op.offset), default=None)
+                if call is not None and any(op.offset < o < call for o in loads[at[op.offset]]):
+                    call = None
                 used.append((op.offset if call is None else call, op.argval, call is not None))
                 asked = after.argval in ("dtype", "device", "shape", "size", "ndim") or last.argval == "Tensor"
                 reads.update([op.argval] if then.argval == "weight" and not asked else [])
@@ -42,8 +46,10 @@ def calls(cls):
             else:
                 events.append((name, called))
     read(cls.forward)
-    order = {name: i for i, (name, called) in enumerate(events)}
-    return order | {name: i for i, (name, called) in reversed([*enumerate(events)]) if called}, reads
+    order = {}
+    for i, (name, _) in enumerate(events):
+        order[name] = order.get(name, (i,))[0], i
+    return order | {name: (i, i) for i, (name, called) in reversed([*enumerate(events)]) if called}, reads
 
 
 @lru_cache(None)
@@ -72,8 +78,8 @@ def walk(model):
                         visit(f"{dot}{name}.{i}", kids[name]._modules.get(i))
         if len(kids) > 1 and not isinstance(module, LISTS):         # a child that forward never names stays beside its elder
             rank, last, keyed = calls(type(module))[0], -1, []
-            for name in kids:
-                last = rank.get(name, last)
+            for name, kid in kids.items():
+                last = rank[name][isinstance(kid, LISTS)] if name in rank else last
                 keyed.append((last, name))
             kids = {name: kids[name] for _, name in sorted(keyed, key=lambda k: k[0])}
         for name, kid in kids.items():
