@@ -18,7 +18,7 @@ from luthier.procedures.lt_sft import lt_sft
 SYSTEM, METHODS, SEEDS, MINUTES = "B022", ("sparse", "full"), (0, 1, 2), 12
 CLAIM = "Density exactly K; order of composition is free; task + language beats task alone and the sum of dense deltas; size ~ K"
 BASELINE = "φ_task alone, zero-shot; θ₀ + (θ_task - θ₀) + (θ_language - θ₀) of the dense fine-tunes of the same runs"
-MODEL, DATA = "stories260k (a Llama of 0.26M)", "TREC question types: 2000 labelled rows, 4900 raw rows in the other language, 400 test rows"
+MODEL, DATA = "stories260k (a Llama of 0.26M)", "TREC question types: 2000 labelled rows; raw and test rows in the other language"
 MOVED, DENSITY, STEPS, BATCH, RATE = 64, 0.08, 300, 32, 3e-3
 PHI = f"sparse(at='all -head', density={DENSITY})"
 
