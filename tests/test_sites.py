@@ -2,6 +2,7 @@
 
 import copy
 import pathlib
+import re
 import time
 from collections import defaultdict
 
@@ -46,9 +47,10 @@ def test_at_least_sixty_architectures():
 
 @every
 def test_roles(name):
-    """What the paper describes is found; an ordinal may follow (embed.conv.0), a block's number may stand between (conv.1.norm)."""
+    """What the paper describes is found; an ordinal may follow (embed.conv.0) or stand between (conv.1.norm)."""
     roles = {s.role for s in weights(name) if s.role}
-    roles |= {r.rpartition(".")[0] for r in roles if r[-1].isdigit()} | {"conv.norm" for r in roles if r.startswith("conv.") and r.endswith("norm")}
+    roles |= {r.rpartition(".")[0] for r in roles if r[-1].isdigit()}
+    roles |= {re.sub(r"^conv\.\d+\.norm$", "conv.norm", r) for r in roles}
     assert not TABLE[name][1] - roles
 
 
@@ -106,7 +108,8 @@ def test_paths_lead_to_modules(name):
         assert all(any(m is b for m in stack.module.modules()) for b in stack.blocks)
 
 
-NEVER = {"switch": "expert no token was sent to", "led": "_global", "sam": "prompt_encoder", "dpt": "residual_layer1", "esm": "contact_head",
+NEVER = {"switch": "expert no token was sent to", "led": "_global", "sam": "prompt_encoder", "dpt": "residual_layer1",
+         "esm": "contact_head",
          "flava": "_projection"}
 
 
@@ -127,22 +130,24 @@ def test_every_module_of_a_site_is_called(name):
     for h in hooks:
         h.remove()
     silent = [s for s in scanned(name) if id(s.module) not in called and not s.tied and s.role]
-    silent = [s for s in silent if not (name in NEVER and (NEVER[name] in s.path or "expert" in s.name or "embed.token" in s.name))]
+    silent = [s for s in silent if name not in NEVER or not re.search(NEVER[name] + "|expert|embed.token", f"{s.path} {s.name}")]
     assert not [s.name for s in silent]
     for s in scanned(name):                                        # a stream is as wide as it says; maps are (B, C, H, W)
-        if s.kind == "stream" and s.layout == "out" and s.role in ("out", "attn.out", "mlp.out", "cross.out") and id(s.module) in shapes:
+        if s.kind == "stream" and s.layout == "out" and s.role in ("out", "attn.out", "mlp.out",
+            "cross.out") and id(s.module) in shapes:
             shape = shapes[id(s.module)]
             assert s.d_out in (shape[-1], shape[1]), (s.name, shape, s.d_out)
 
 
 # ---- fused projections, against what the model itself computes
-FUSED = ["gpt2", "gpt-neox", "bloom", "falcon", "falcon-40b", "falcon-rw", "gpt-bigcode", "gpt-bigcode-mha", "codegen", "persimmon", "mpt",
+FUSED = ["gpt2", "gpt-neox", "bloom", "falcon", "falcon-40b", "falcon-rw", "gpt-bigcode", "gpt-bigcode-mha", "codegen",
+         "persimmon", "mpt",
          "phi3", "modernbert", "deberta", "timm-vit", "timm-swin", "imagegpt", "hand-written", "qwen2-vl"]
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_rows_are_what_the_model_splits(name):
-    """Disturb one projection at token 0 only: a query moves that token's output alone; a key or value moves later ones; outputs are
+    """Disturb one projection at token 0 only: a query moves that token's output alone; a key or value moves others; outputs are
     linear in values and not in keys."""
     here = scanned(name)
     tower = next((s.tower for s in here if s.role == "attn.q" and s.rows is not None), "")
@@ -185,7 +190,8 @@ def CAUSAL_FIRST(name):
     return [name] if scanned(name).stacks[-1].causal or scanned(name).stacks[0].causal else []
 
 
-@pytest.mark.parametrize("name", ["phi3", "modernbert", "dinov2-giant", "glm4", "unet2d-condition", "cohere", "llama", "t5", "mt5"])
+@pytest.mark.parametrize("name", ["phi3", "modernbert", "dinov2-giant", "glm4", "unet2d-condition", "cohere", "llama", "t5",
+                                  "mt5"])
 def test_gate_and_up(name):
     """What reaches `down` is linear in up and not in gate; without a gate it is not linear in up."""
     here = scanned(name)
@@ -194,7 +200,8 @@ def test_gate_and_up(name):
     down = next(s for s in here if s.role == "mlp.down" and s.stack is up.stack and s.block == up.block)
     x = torch.randn(2, 3, up.d_in)
     holder = built(name).get_submodule(luthier.anatomy.common([up.path, down.path]))
-    holder = built(name).get_submodule(luthier.anatomy.common([up.path, down.path]).rpartition(".")[0]) if isinstance(holder, nn.ModuleList) else holder
+    holder = built(name).get_submodule(luthier.anatomy.common([up.path, down.path]).rpartition(".")[0]) if isinstance(holder,
+        nn.ModuleList) else holder
     seen = {}
     hook = down.module.register_forward_pre_hook(lambda m, a: seen.update(x=a[0].detach()))
 
@@ -220,7 +227,7 @@ def test_gate_and_up(name):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "olmoe", "gpt-oss"])
 def test_stacked_experts(name):
-    """Doubling one expert's down doubles what that expert gives; read and write see one expert and one half of the fused tensor."""
+    """What the stacked experts compute is what the sites of one expert say; writing one leaves the others alone."""
     here = scanned(name)
     down = here["block.0.mlp.expert.1.down"]
     up, gate = here["block.0.mlp.expert.1.up"], here["block.0.mlp.expert.1.gate"]
@@ -286,7 +293,8 @@ def test_tied(name):
     groups = defaultdict(list)
     for s in weights(name):
         groups[id(s.parameter)].append(s.name)
-    assert {tuple(sorted(g)) for g in groups.values() if len(g) > 1 and "attn" not in g[0]} == {tuple(sorted(t)) for t in TIES[name]}
+    shared = {tuple(sorted(g)) for g in groups.values() if len(g) > 1 and "attn" not in g[0]}
+    assert shared == {tuple(sorted(t)) for t in TIES[name]}
     for s in weights(name):
         others = {t for g in TIES[name] if s.name in g for t in g if t != s.name}
         assert set(s.tied) == others
@@ -314,13 +322,16 @@ STACKS = {
     "timm-vit-reg": {"": ("VisionTransformer", False, 5, "out", 2, "LayerNorm")},
     "t5": {"encoder": ("T5Stack", False, 0, "ids", 2, "T5LayerNorm"), "decoder": ("T5Stack", True, 0, "ids", 2, "T5LayerNorm")},
     "bart": {"encoder": ("BartEncoder", False, 0, "ids", 2, None), "decoder": ("BartDecoder", True, 0, "ids", 2, None)},
-    "whisper": {"encoder": ("WhisperEncoder", False, 0, "in", 2, "LayerNorm"), "decoder": ("WhisperDecoder", True, 0, "ids", 2, "LayerNorm")},
+    "whisper": {"encoder": ("WhisperEncoder", False, 0, "in", 2, "LayerNorm"),
+                "decoder": ("WhisperDecoder", True, 0, "ids", 2, "LayerNorm")},
     "clip": {"vision": ("CLIPVisionModel", False, 1, "out", 2, None), "text": ("CLIPTextModel", True, 0, "out", 2, "LayerNorm")},
-    "siglip": {"vision": ("SiglipVisionModel", False, 0, "out", 2, "LayerNorm"), "text": ("SiglipTextModel", False, 0, "out", 2, "LayerNorm")},
+    "siglip": {"vision": ("SiglipVisionModel", False, 0, "out", 2, "LayerNorm"),
+               "text": ("SiglipTextModel", False, 0, "out", 2, "LayerNorm")},
     "llava": {"vision": ("CLIPVisionModel", False, 1, "out", 2, None), "text": ("LlamaModel", True, 0, "ids", 2, "LlamaRMSNorm")},
     "blip-vqa": {"vision": ("BlipVisionModel", False, 1, "out", 2, None), "encoder": ("BlipTextModel", False, 0, "out", 2, None),
                  "decoder": ("BlipTextModel", True, 0, "out", 2, None)},
-    "flava": {"vision": ("FlavaImageModel", False, 1, "out", 2, "LayerNorm"), "text": ("FlavaTextModel", False, 1, "out", 2, "LayerNorm"),
+    "flava": {"vision": ("FlavaImageModel", False, 1, "out", 2, "LayerNorm"),
+              "text": ("FlavaTextModel", False, 1, "out", 2, "LayerNorm"),
               "fusion": ("FlavaMultimodalModel", False, 1, "in", 2, "LayerNorm")},
     "wav2vec2": {"": ("Wav2Vec2Model", False, 0, "out", 2, None)},
     "resnet": {"": ("ResNetModel", False, 0, "out", 3, None)},
@@ -331,12 +342,14 @@ STACKS = {
 
 @pytest.mark.parametrize("name", STACKS)
 def test_stacks(name):
-    got = {k.name: (type(k.module).__name__, k.causal, k.fixed, k.embed, k.n_blocks, k.final_module and type(k.final_module).__name__)
+    got = {k.name: (type(k.module).__name__, k.causal, k.fixed, k.embed, k.n_blocks,
+                    k.final_module and type(k.final_module).__name__)
            for k in scanned(name).stacks}
     assert got == STACKS[name]
 
 
-INSERT = {"swin": "windows", "resnet": "map", "convnext": "map", "timm-mixer": "token-mixing", "segformer": "map", "beit": "bias", "mobilevit": "map"}
+INSERT = {"swin": "windows", "resnet": "map", "convnext": "map", "timm-mixer": "token-mixing", "segformer": "map",
+          "beit": "bias", "mobilevit": "map"}
 
 
 @pytest.mark.parametrize("name", [*INSERT, "bert", "gpt2", "llama", "t5", "vit", "dinov2", "clip", "timm-vit", "mamba"])
@@ -359,7 +372,8 @@ def test_streams_of_a_block():
 
 def test_streams_stand_before_the_residual_is_added():
     bert, bloom, bart = scanned("bert"), scanned("bloom"), scanned("bart")
-    assert bert["block.0.attn.out"].path.endswith("attention.output.dense") and bert["block.0.attn"].path.endswith("attention.self")
+    assert bert["block.0.attn.out"].path.endswith("attention.output.dense")
+    assert bert["block.0.attn"].path.endswith("attention.self")
     assert bert["block.0.mlp.out"].path.endswith("layer.0.output.dense")
     assert bloom["block.0.attn.out"].path.endswith("dense") and bloom["block.0.mlp.out"].path.endswith("dense_4h_to_h")
     assert bart["encoder.block.0.mlp.out"].path.endswith("fc2")
@@ -391,9 +405,12 @@ def test_mid_of_a_pre_norm_block_is_the_merged_stream(name):
     """mid is the block's input plus the attention's output (with LayerScale when there is one)."""
     seen, here = {}, [s for s in scanned(name) if s.block == 0]
     at = {r: next(s for s in here if s.role == r) for r in ("mid", "in", "attn.out")}
-    first = lambda o: o[0] if isinstance(o, tuple) else o  # noqa: E731
+
+    def first(o):
+        return o[0] if isinstance(o, tuple) else o
     hooks = [at["mid"].module.register_forward_pre_hook(lambda m, i: seen.update(mid=i[0])),
-             at["in"].module.register_forward_pre_hook(lambda m, i, k: seen.update({"in": i[0] if i else k["hidden_states"]}), with_kwargs=True),
+             at["in"].module.register_forward_pre_hook(lambda m, i, k: seen.update({"in": i[0] if i else k["hidden_states"]}),
+                 with_kwargs=True),
              at["attn.out"].module.register_forward_hook(lambda m, i, o: seen.update(out=first(o)))]
     with torch.no_grad():
         built(name)(**feed(name))
@@ -412,10 +429,13 @@ def test_selectors():
     assert names("llama", "attn.v attn.q") == names("llama", "attn.q attn.v")
     assert names("llama", "block.-1.out") == ["block.1.out"] and names("llama", "block.1-.out") == ["block.1.out"]
     assert names("llama", "block.0-1.attn.q -block.1.attn.q") == ["block.0.attn.q"]
-    assert names("llama", "attn") == ["block.0.attn", "block.1.attn"] and names("llama", "attn.out") == ["block.0.attn.out", "block.1.attn.out"]
-    assert names("llama", "embed") == ["embed"] and names("llama", "head") == ["head"] and names("llama", "embed.*") == ["embed.token"]
+    assert names("llama", "attn") == ["block.0.attn", "block.1.attn"] and names("llama", "attn.out") == ["block.0.attn.out",
+        "block.1.attn.out"]
+    assert names("llama", "embed") == ["embed"] and names("llama", "head") == ["head"] and names("llama",
+        "embed.*") == ["embed.token"]
     assert names("llama", "block.*.mlp.*e")[:2] == ["block.0.mlp.gate", "block.1.mlp.gate"]
-    assert names("llama", "norm") == ["block.0.attn.norm", "block.0.mlp.norm", "block.1.attn.norm", "block.1.mlp.norm", "final.norm"]
+    assert names("llama", "norm") == ["block.0.attn.norm", "block.0.mlp.norm", "block.1.attn.norm", "block.1.mlp.norm",
+                                      "final.norm"]
     assert len(names("llama", "linear")) == 14 and len(names("llama", "weights")) == 18 and len(names("llama", "all")) == 21
     assert names("mixtral", "block.0.mlp.expert.1-2.up") == ["block.0.mlp.expert.1.up", "block.0.mlp.expert.2.up"]
     assert len(names("mixtral", "linear")) == 2 * (4 + 3 * 4)
@@ -429,7 +449,8 @@ def test_selectors_with_towers():
     both = names("clip", "attn.q")
     assert both == [f"{t}.block.{i}.attn.q" for t in ("vision", "text") for i in range(2)]
     assert names("clip", "vision.attn.q") == both[:2] == names("clip", "vision.block.*.attn.q")
-    assert names("clip", "vision.block.-1.attn.q") == both[1:2] and names("clip", "text.linear -text.mlp.*")[0] == "text.block.0.attn.q"
+    assert names("clip", "vision.block.-1.attn.q") == both[1:2] and names("clip",
+        "text.linear -text.mlp.*")[0] == "text.block.0.attn.q"
     assert names("t5", "decoder.cross.q") == ["decoder.block.0.cross.q", "decoder.block.1.cross.q"]
 
 
@@ -440,7 +461,8 @@ def test_star_never_crosses_a_dot():
             find(built("gpt-j"), word) if word != "*" else find(nn.Sequential(nn.Linear(2, 2)), "block.*")
 
 
-@pytest.mark.parametrize("selector,near", [("attnq", "attn.q"), ("mlp.upp", "mlp.up"), ("block.0.attn.qq", "attn.q"), ("haed", "head"),
+@pytest.mark.parametrize("selector,near", [("attnq", "attn.q"), ("mlp.upp", "mlp.up"), ("block.0.attn.qq", "attn.q"),
+    ("haed", "head"),
                                            ("block.7.attn.q", "attn.q"), ("vision.attn.q", "attn.q")])
 def test_no_match_names_the_nearest(selector, near):
     with pytest.raises(NoSuchSite, match="LlamaForCausalLM") as error:
@@ -458,7 +480,8 @@ def test_selecting_nothing_is_an_error():
 def big_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=32, num_attention_heads=4, intermediate_size=64, vocab_size=99))
+        return LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=32, num_attention_heads=4, intermediate_size=64,
+            vocab_size=99))
 
 
 def test_speed():
@@ -533,8 +556,8 @@ def test_draws_depend_on_seed_step_name_and_call_only():
 
 def test_draws_have_their_distribution():
     s = bound()
-    assert abs(float(s.normal(4000, std=2.0).std()) - 2) < 0.1
-    u = s.uniform(4000, bound=0.5)
+    assert abs(float(s.normal(4000, std=2.0).detach().std()) - 2) < 0.1
+    u = s.uniform(4000, bound=0.5).detach()
     assert float(u.abs().max()) <= 0.5 and abs(float(u.mean())) < 0.03
     r = s.random(5, 5)
     assert not isinstance(r, nn.Parameter) and not r.requires_grad
@@ -546,7 +569,8 @@ def test_draws_take_dtype_and_device_of_the_site():
     half = sites(copy.deepcopy(built("llama")).bfloat16())
     assert half["block.0.attn.q"].normal(2).dtype == torch.bfloat16 == half["block.0.out"].normal(2).dtype
     meta = sites(big_llama())
-    assert meta["block.0.attn.q"].normal(2, 2).is_meta and meta["block.0.out"].zeros(2).is_meta and meta["block.0.attn.q"].W.shape == (64, 64)
+    assert meta["block.0.attn.q"].normal(2,
+        2).is_meta and meta["block.0.out"].zeros(2).is_meta and meta["block.0.attn.q"].W.shape == (64, 64)
 
 
 def test_shared_state_is_the_very_same_object():
