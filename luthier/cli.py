@@ -477,6 +477,7 @@ def _parse(argv):
 def main(argv=None):
     """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")           # its warnings are for programmers
     debug = "--debug" in argv
     try:
         fn, a = _parse(argv)
@@ -494,6 +495,9 @@ def main(argv=None):
     except LuthierError as e:
         _complain(str(e), debug)
         return 130 if getattr(e, "interrupted", False) else 2
+    except OSError as e:                                   # a path that cannot be read or written
+        _complain(f"{e.filename or 'A file'}: {e.strerror or e}. Check the path, its owner and the space that is left.", debug)
+        return 2
     except Exception as e:
         _complain(f"{type(e).__name__}: {' '.join(str(e).split())[:400]} This is a defect of Luthier, not of your input: please report "
                   "it with what `--debug` shows.", debug)

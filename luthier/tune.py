@@ -9,8 +9,9 @@ import json
 import os
 from pathlib import Path
 
-from . import save
+from . import save, zoo
 from .errors import BadState, DoesNotFit, RunStopped
+from .method import parse
 
 
 def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no", progress=None,
@@ -24,7 +25,7 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     out, model = Path(out), os.path.abspath(model) if os.path.isdir(model) else model
     if (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists():
         raise BadState(f"{out} holds a tuned model already. Choose another folder, or move it away.")
-    task = tasks.open(data, model=model, **task_options)
+    chain, task = parse(chain), tasks.open(data, model=model, **task_options)
     facts = task.describe()
     say(f"{facts['source']}: {facts['kind']}, " + ", ".join(f"{n:,} {s}" for s, n in facts["sizes"].items())
         + f"; columns {', '.join(f'{k}={v}' for k, v in facts['columns'].items())}; scored by {task.metric}"
@@ -101,7 +102,8 @@ def export(folder, out):
     headed = isinstance(model, Headed)
     body = model.backbone if headed else model
     out.mkdir(parents=True, exist_ok=True)
-    how = _plain(body, out)
+    with zoo.quiet():
+        how = _plain(body, out)
     if task.options.get("tokenizer") or task.kind != "image-classification":
         task.tokenizer.save_pretrained(out)
     if headed:

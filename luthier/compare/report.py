@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from .rows import COSTS, answer, brief, rows
+from .rows import COSTS, answer, brief, rows, short
 from .table import COLUMNS, cells, ordered, score
 
 AXES = (("trained", "trained parameters", 1, True), ("memory", "peak training memory, MB", 1e-6, False),
@@ -54,7 +54,7 @@ def plot(document, found=None, said=None):
         for panel in panels:
             _labels(figure, panel, said)
         setting = document["setting"]
-        figure.suptitle(f"{setting['model']} on {setting['data']}: what each way of tuning buys", x=0.01, ha="left", fontsize=13,
+        figure.suptitle(f"{short(setting['model'])} on {short(setting['data'])}: what each way of tuning buys", x=0.01, ha="left", fontsize=13,
                         fontweight="bold")
         file = io.BytesIO()
         figure.savefig(file, format="png")
@@ -159,10 +159,10 @@ def page(document, found, said, picture):
     raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "low", "high", "lr", *COSTS)} for r in found]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{e(setting['model'])} on {e(setting['data'])}: which way of tuning?</title><style>{STYLE}</style>
+<title>{e(short(setting['model']))} on {e(short(setting['data']))}: which way of tuning?</title><style>{STYLE}</style>
 <main>
-<h1>Which way of tuning {e(setting['model'])}?</h1>
-<p class="soft">{len(found)} ways on {e(setting['data'])}, {n} seed{'s'[: n != 1]}, equal budget, every cost measured.</p>
+<h1>Which way of tuning {e(short(setting['model']))}?</h1>
+<p class="soft">{len(found)} ways on {e(short(setting['data']))}, {n} seed{'s'[: n != 1]}, equal budget, every cost measured.</p>
 <div class="answer">{''.join(f'<p>{e(t)}</p>' for t in said['text'])}</div>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
 <p class="soft" style="margin-top:10px">± is the half width of the 95% t-interval over seeds. ◆: no other way is both better and cheaper

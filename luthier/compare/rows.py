@@ -14,6 +14,11 @@ def brief(chain):
     return chain.replace("()", "")
 
 
+def short(name):
+    """A model or data set by name: the last part of a path."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name
+
+
 def rows(document):
     """[{"chain", "seeds", "scores", "mean", "low", "high", "lr", "trained", "stored", "memory", "step", "latency", "failed",
     "front": the costs on whose Pareto front it lies, ...}], None where a figure is missing."""
@@ -53,9 +58,11 @@ def answer(document, found=None):
 
     A chain counts as equal to the best when its mean lies inside the best one's 95% interval; of the equals the pick is the one
     whose costs (parameters, memory, step time, latency), as shares of the largest, have the smallest geometric mean."""
-    found = [r for r in found or rows(document) if r["mean"] is not None]
+    every = found or rows(document)
+    lost = [f"{brief(r['chain'])} lost a run: {r['failed']}" for r in every if r["failed"]]
+    found = [r for r in every if r["mean"] is not None]
     if not found:
-        return {"pick": None, "best": None, "tied": [], "text": ["No entry has finished, so there is nothing to say yet."]}
+        return {"pick": None, "best": None, "tied": [], "text": ["No entry has a result, so there is nothing to say yet.", *lost]}
     higher, metric = document["task"]["higher"], document["task"]["metric"]
     best = (max if higher else min)(found, key=lambda r: r["mean"])
     single = len(best["scores"]) == 1
@@ -81,10 +88,7 @@ def answer(document, found=None):
             text.append(f"If {COSTS[cost]} alone matters, {brief(least['chain'])} has the least of it among these.")
     if single:
         text.append("One seed cannot tell skill from luck: run it with --seeds 3 or more before you rely on it.")
-    for r in found:
-        if r["failed"]:
-            text.append(f"{brief(r['chain'])} lost a run: {r['failed']}")
-    return {"pick": pick["chain"], "best": best["chain"], "tied": [r["chain"] for r in tied], "text": text}
+    return {"pick": pick["chain"], "best": best["chain"], "tied": [r["chain"] for r in tied], "text": text + lost}
 
 
 def _score(r):

@@ -2,7 +2,7 @@
 
 import math
 
-from .rows import answer, brief, rows
+from .rows import answer, brief, rows, short
 
 
 def count(n):
@@ -59,6 +59,6 @@ def show(document):
     out.insert(1, "  ".join("─" * w for w in widths))
     task, setting = document["task"], document["setting"]
     sizes = task["sizes"]
-    above = (f"{setting['model']} on {setting['data']}: {task['kind']}, {sizes['train']:,} rows to train, {sizes['test']:,} to test, "
+    above = (f"{short(setting['model'])} on {short(setting['data'])}: {task['kind']}, {sizes['train']:,} rows to train, {sizes['test']:,} to test, "
              f"{setting['epochs']} epochs of batches of {setting['batch_size']}; mean and 95% interval over {n} seed{'s'[: n != 1]}")
     return "\n".join([above, "", *out, "", "* " + " ".join(said["text"])])
