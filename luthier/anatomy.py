@@ -190,7 +190,7 @@ def outer_roles(leaves, stacks, modules, place, span):
             roles[x.path, param] = role, tower if role else "", s
     final = [x for x, p in heads if x.matrix and p == "weight"]
     if not final and leaves and leaves[-1].matrix and "proj" not in leaves[-1].name:
-        final = [x for x in leaves[-1:] if all(place[x.path] > span[s][0] for s in stacks)]
+        final = [x for x in leaves[-1:] if all(place[x.path] > span[s][0] for s in stacks) and not roles[x.path, "weight"][0]]
     roles.update({(x.path, p): ("", "", None) for x, p in heads})
     if final:                                                       # the last layer of all is the one that answers
         roles[final[-1].path, "weight"] = "head", "", stacks[0] if len(stacks) == 1 else None

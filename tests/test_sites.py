@@ -41,6 +41,11 @@ every = pytest.mark.parametrize("name", list(TABLE))
 
 
 # ---- the table
+def test_a_model_without_a_head_has_none():
+    for name in ("bert-model", "clip", "imagegpt", "dinov2-giant", "flava"):
+        assert "head" not in scanned(name).by_name, name
+
+
 def test_at_least_sixty_architectures():
     assert len(TABLE) >= 60
 
