@@ -1,6 +1,6 @@
 """The command line: one function a command. Whatever it needs is imported inside it, so that `luthier --help` is there at once.
 
-Exit codes: 0 done, 1 a check failed (or a defect of ours), 2 the user's to mend (one paragraph, no traceback), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a check failed (or a defect of ours), 2 the user's to mend (one paragraph, no traceback), 130 Ctrl-C.
 """
 
 import argparse
@@ -71,15 +71,19 @@ def pairs(text):
 
 
 JSON = arg("--json", action="store_true", help="print JSON")
-MODEL = arg("--model", required=True, metavar="M", help="a zoo name (`luthier zoo`), a local folder, a hub id OWNER/NAME, or timm:NAME")
-IMPORT = arg("--import", dest="include", action="append", default=[], metavar="FILE.py", help="a file with a method of your own; may repeat")
-DATA = arg("data", metavar="DATA", help="CSV, TSV, JSONL (also .gz), Parquet, .npz, a folder of images by class, a hub data set id, or a "
-           "built-in name (digits)")
+MODEL = arg("--model", required=True, metavar="M",
+            help="a zoo name (`luthier zoo`), a local folder, a hub id OWNER/NAME, or timm:NAME")
+IMPORT = arg("--import", dest="include", action="append", default=[], metavar="FILE.py",
+             help="a file with a method of your own; may repeat")
+DATA = arg("data", metavar="DATA", help="CSV, TSV, JSONL (also .gz), Parquet, .npz, a folder of images by class, a hub data set "
+                                        "id, or a built-in name (digits)")
+SEEDS = arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or which: 0,1,2 (default 3)")
+JOBS = arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)")
 TASK = (
-    arg("--task", metavar="KIND", help="when the guess is wrong: text-classification, token-classification, image-classification, causal-lm, "
-        "instruction, regression"),
-    arg("--columns", type=pairs, metavar="ROLE=COLUMN,...", help="when the guess is wrong: roles text, text_pair, label, target, tokens, "
-        "tags, image, prompt, response"),
+    arg("--task", metavar="KIND", help="when the guess is wrong: text-classification, token-classification, "
+                                       "image-classification, causal-lm, instruction, regression"),
+    arg("--columns", type=pairs, metavar="ROLE=COLUMN,...", help="when the guess is wrong: roles text, text_pair, label, target, "
+                                                                 "tokens, tags, image, prompt, response"),
     arg("--metric", metavar="NAME", help="the primary metric, when the task has several"),
     arg("--limit", type=whole(2), metavar="N", help="at most N rows a split"),
     arg("--max-length", type=whole(2), metavar="N", help="tokens a row"),
@@ -111,12 +115,16 @@ def _include(a):
             raise LuthierError(f"--import {path}{where}: {type(e).__name__}: {e}. Mend the file, then run this again.") from e
 
 
-def _print(rows, columns, as_json, full=None):
+def _print(rows, columns, as_json):
     """Rows as JSON, or as an aligned table of `columns`: {title: key or function}."""
     if as_json:
-        print(json.dumps(full if full is not None else rows, indent=1, ensure_ascii=False, default=str))
+        print(json.dumps(rows, indent=1, ensure_ascii=False, default=str))
         return
-    cells = [list(columns)] + [[str(c(r) if callable(c) else r[c]) for c in columns.values()] for r in rows]
+    def cell(row, column):
+        value = column(row) if callable(column) else row[column]
+        return "" if value is None else str(value)
+
+    cells = [list(columns)] + [[cell(r, c) for c in columns.values()] for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
@@ -141,14 +149,12 @@ def _again(a):
     return "luthier " + shlex.join(a.argv)
 
 
-@command(arg("--out", default="demo-out", metavar="DIR", help="folder for results.json, report.html, pareto.png (default demo-out)"),
-         arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or which: 0,1,2 (default 3)"),
-         arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)"), JSON)
+@command(arg("--out", default="demo-out", metavar="DIR", help="folder for the report (default demo-out)"), SEEDS, JOBS, JSON)
 def demo(a):
     """the main job on real data: a dozen ways of tuning a real ViT on digits, compared
 
-    Compares ways of tuning DINOv2 ViT-S on scikit-learn's digits against a linear probe and full fine-tuning. Takes about ten minutes
-    on two cores and needs nothing but what was installed. Stopped, the same command goes on where it was.
+    Compares ways of tuning DINOv2 ViT-S on scikit-learn's digits against a linear probe and full fine-tuning. Takes under ten
+    minutes on two cores and needs nothing but what was installed. Stopped, the same command goes on where it was.
     """
     from .demo import demo
 
@@ -157,13 +163,11 @@ def demo(a):
 
 @command(DATA, MODEL, arg("--methods", default="probe, full, lora(rank=8)", metavar="CHAINS",
                           help="chains with commas between (default: \"probe, full, lora(rank=8)\")"),
-         arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or which: 0,1,2 (default 3)"),
-         arg("--out", required=True, metavar="DIR", help="folder for results.json, report.html, pareto.png"),
+         SEEDS, arg("--out", required=True, metavar="DIR", help="folder for results.json, report.html, pareto.png"),
          arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate of every method (default 1e-3)"),
          arg("--tune-lr", action="store_true", help="search it for every method, baselines included, in the same small grid"),
          arg("--lr-grid", type=several(positive), metavar="X,X,...", help="the grid (default 1e-4,3e-4,1e-3,3e-3,1e-2)"),
-         arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)"),
-         arg("--ray", metavar="ADDRESS", help="train on the Ray cluster there; local starts one"),
+         JOBS, arg("--ray", metavar="ADDRESS", help="train on the Ray cluster there; local starts one"),
          *BUDGET, *TASK, IMPORT, JSON)
 def compare(a):
     """which method pays off on your data? Every chain over several seeds, every cost measured
@@ -176,15 +180,18 @@ def compare(a):
     _include(a)
     from .compare.run import GRID, compare
 
-    document = compare(a.data, a.model, a.methods, a.seeds, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, tune_lr=a.tune_lr,
-                       grid=a.lr_grid or GRID, jobs=a.jobs, ray=a.ray, precision=a.precision, command=_again(a), **_task_options(a))
+    document = compare(a.data, a.model, a.methods, a.seeds, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr,
+                       tune_lr=a.tune_lr, grid=a.lr_grid or GRID, jobs=a.jobs, ray=a.ray, precision=a.precision,
+                       command=_again(a), **_task_options(a))
     _show(document, a)
 
 
-@command(DATA, MODEL, arg("--with", dest="chain", required=True, metavar="CHAIN", help="what to tune with, such as \"lora(rank=8) >> ssf()\""),
+@command(DATA, MODEL, arg("--with", dest="chain", required=True, metavar="CHAIN",
+                          help="what to tune with, such as \"lora(rank=8) >> ssf()\""),
          arg("--out", required=True, metavar="DIR", help="folder for the tuned state and its checkpoints"),
          arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate (default 1e-3)"),
-         arg("--seed", type=whole(0), default=0, metavar="N", help="of the head, the state and the order of the data (default 0)"),
+         arg("--seed", type=whole(0), default=0, metavar="N",
+             help="of the head, the state and the order of the data (default 0)"),
          arg("--resume", action="store_true", help="go on from the newest checkpoint in DIR"),
          arg("--every", type=whole(1), metavar="N", help="steps between checkpoints (default: one a minute)"),
          arg("--log", choices=("tensorboard", "none"), help="default: TensorBoard if it is installed"),
@@ -199,18 +206,20 @@ def tune(a):
     _include(a)
     from .tune import tune
 
-    scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed, resume=a.resume,
-                  every=a.every, precision=a.precision, log=False if a.log == "none" else a.log,
+    scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed,
+                  resume=a.resume, every=a.every, precision=a.precision, log=False if a.log == "none" else a.log,
                   say=lambda text: print(text, file=sys.stderr), **_task_options(a))
     if a.json:
         print(json.dumps(scores))
     else:
         print("  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        print(f"Saved in {a.out}. Next: luthier predict {shlex.quote(a.out)} INPUT, or luthier merge {shlex.quote(a.out)} --out MODEL_DIR")
+        folder = shlex.quote(a.out)
+        print(f"Saved in {a.out}. Next: luthier predict {folder} INPUT, or luthier merge {folder} --out MODEL_DIR")
 
 
 @command(arg("folder", metavar="DIR", help="what `luthier tune` wrote"),
-         arg("input", metavar="INPUT", nargs="+", help="a text, an image file, a folder of images, a file of rows, or - for lines of stdin"),
+         arg("input", metavar="INPUT", nargs="+", help="a text, an image file, a folder of images, a file of rows, or - for "
+                                                       "lines of stdin"),
          IMPORT, JSON)
 def predict(a):
     """predict with a tuned model"""
@@ -255,7 +264,8 @@ def _model(ref):
     return zoo.load(ref)
 
 
-LOOK = arg("model", metavar="MODEL", help="a zoo name, a local folder, a hub id, timm:NAME; without weights: shape:llama-7b, config:FOLDER")
+LOOK = arg("model", metavar="MODEL", help="a zoo name, a local folder, a hub id, timm:NAME; without weights: shape:llama-7b, "
+                                          "config:FOLDER")
 
 
 @command(LOOK, arg("--select", metavar="SELECTOR", help="only what a selector hits, such as \"attn.q mlp.down\""), JSON)
@@ -268,10 +278,12 @@ def sites(a):
     found = find(every, a.select) if a.select is not None else every
     rows = [dict(name=s.name, kind=s.kind, role=s.role, tower=s.tower, layout=s.layout, d_out=s.d_out, d_in=s.d_in, block=s.block,
                  path=s.path, param=s.param, tied=list(s.tied)) for s in found]
+    def where(r):
+        return r["path"] + (f".{r['param']}" if r["param"] else "") + (f"  tied: {', '.join(r['tied'])}" if r["tied"] else "")
+
     _print(rows, {"site": "name", "kind": "kind", "role": "role", "tower": "tower",
                   "shape": lambda r: f"{r['d_out']}×{r['d_in']}" if r["kind"] == "weight" else r["d_out"], "layout": "layout",
-                  "path": lambda r: r["path"] + (f".{r['param']}" if r["param"] else "") + (f"  tied: {', '.join(r['tied'])}" if r["tied"] else "")},
-           a.json)
+                  "path": where}, a.json)
 
 
 @command(LOOK, arg("chain", metavar="CHAIN", help="such as \"lora(rank=8) >> ssf()\""),
@@ -301,7 +313,8 @@ def methods(a):
         text = (sys.modules[thing.__module__].__doc__ or thing.__doc__ or "").strip()
         fields = {p.name: None if p.default is p.empty else p.default for p in inspect.signature(thing).parameters.values()}
         verbs = [v for v in VERBS if isinstance(thing, type) and thing.has(v)]
-        family = thing.__module__.removeprefix("luthier.methods.").rpartition(".")[0] if thing.__module__.startswith("luthier.") else "own"
+        home = thing.__module__.split(".")
+        family = home[2] if home[:2] == ["luthier", "methods"] else "own"
         return dict(name=name, family=family, about=text.split("\n")[0], verbs=verbs, fields=fields, doc=text)
 
     if a.name is None:
@@ -313,7 +326,8 @@ def methods(a):
     if a.json:
         print(json.dumps(r, indent=1, ensure_ascii=False, default=str))
     else:
-        print(f"{r['doc']}\n\n{a.name}({', '.join(f'{k}={v!r}' for k, v in r['fields'].items())})\nverbs: {' '.join(r['verbs']) or 'recipe'}")
+        fields = ", ".join(f"{k}={v!r}" for k, v in r["fields"].items())
+        print(f"{r['doc']}\n\n{a.name}({fields})\nverbs: {' '.join(r['verbs']) or 'recipe'}")
 
 
 @command(JSON)
@@ -321,7 +335,7 @@ def systems(a):
     """the 245 published systems and what evidence says of each"""
     from .systems import systems
 
-    _print(systems(), {"id": "id", "system": "name", "fit": "fit", "state": "state", "record": lambda r: r["record"] or ""}, a.json)
+    _print(systems(), {"id": "id", "system": "name", "fit": "fit", "state": "state", "record": "record"}, a.json)
 
 
 @command(JSON)
@@ -330,8 +344,8 @@ def zoo(a):
     from .zoo import entries
 
     _print(entries(), {"name": "name", "kind": "kind", "what": "what", "licence": "licence",
-                       "size": lambda r: f"{r['parameters'] / 1e6:.3g}M", "installed": lambda r: "yes" if r["installed"] else r["install"]},
-           a.json)
+                       "size": lambda r: f"{r['parameters'] / 1e6:.3g}M",
+                       "installed": lambda r: "yes" if r["installed"] else r["install"]}, a.json)
 
 
 # -- trusting -----------------------------------------------------------------------------------------------------------------
@@ -499,8 +513,8 @@ def main(argv=None):
         _complain(f"{e.filename or 'A file'}: {e.strerror or e}. Check the path, its owner and the space that is left.", debug)
         return 2
     except Exception as e:
-        _complain(f"{type(e).__name__}: {' '.join(str(e).split())[:400]} This is a defect of Luthier, not of your input: please report "
-                  "it with what `--debug` shows.", debug)
+        _complain(f"{type(e).__name__}: {' '.join(str(e).split())[:400]} This is a defect of Luthier, not of your input: please "
+                  "report it with what `--debug` shows.", debug)
         return 1
 
 

@@ -1,7 +1,7 @@
 """What `luthier demo` compares: data for the demo, nothing more. A real ViT on real digits, small enough for two cores.
 
-The learning rates are the best of 1e-4 3e-4 1e-3 3e-3 1e-2 for each method, baselines included, on the validation split with a seed that
-is not reported; `luthier compare digits --model dinov2-s --tune-lr ...` with the settings below finds them again.
+The learning rates are the best of 1e-4 3e-4 1e-3 3e-3 1e-2 for each method, baselines included, on the validation split with a
+seed that is not reported; `luthier compare digits --model dinov2-s --tune-lr ...` with the settings below finds them again.
 """
 
 DATA, MODEL = "digits", "dinov2-s"

@@ -14,7 +14,8 @@ from .errors import BadState, DoesNotFit, RunStopped
 from .method import parse
 
 
-def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no", progress=None,
+def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no",
+         progress=None,
          log=None, say=lambda text: None, **task_options):
     """Fit `chain` to the data; returns {"metric": ..., ...} on the test split. On a stop (Ctrl-C, NaN, full disk) the last good
     state is what lies in `out`, and `resume` goes on from it."""
@@ -61,7 +62,7 @@ def reopen(folder):
 
 
 def inputs(task, source):
-    """What a user gives to predict: a text, an image file, a folder of images, a file of rows (.txt: one a line), or - for stdin."""
+    """What a user gives to predict: a text, an image file, a folder of images, a file of rows (.txt: one a line), - for stdin."""
     import sys
 
     from .tasks.source import IMAGES
@@ -110,7 +111,8 @@ def export(folder, out):
         from safetensors.torch import save_file
 
         save_file({k: v.contiguous().clone() for k, v in model.head.state_dict().items()}, out / "head.safetensors")
-        (out / "head.json").write_text(json.dumps({"pool": model.pool, **task.spec()}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (out / "head.json").write_text(json.dumps({"pool": model.pool, **task.spec()}, indent=1, ensure_ascii=False) + "\n",
+                                       "utf-8")
     (out / "README.md").write_text(_card(task, tuned, model, how, headed), "utf-8")
     return sorted(p.name for p in out.iterdir())
 

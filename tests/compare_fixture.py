@@ -27,7 +27,8 @@ def document(ways=WAYS, higher=True, seeds=(0, 1, 2), metric="accuracy"):
                 "memory": memory, "step": step, "step_seconds": .2, "latency": latency, "latency_seconds": .01, "merged": merged,
                 "threads": 2}}
     return {"format": 1, "command": "luthier demo --out demo-out", "plan": list(entries), "entries": entries,
-            "setting": dict(data="digits", model="dinov2-s", methods=list(ways), seeds=list(seeds), epochs=3, batch_size=16, precision="no",
+            "setting": dict(data="digits", model="dinov2-s", methods=list(ways), seeds=list(seeds), epochs=3, batch_size=16,
+                            precision="no",
                             lr=dict.fromkeys(ways, 1e-3), grid=None),
             "task": dict(kind="image-classification", metric=metric, higher=higher, sizes=dict(train=400, val=144, test=359),
                          notes=["test: 359 rows drawn from train (seed 0)"]),

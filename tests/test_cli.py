@@ -30,14 +30,16 @@ def run(capsys, *argv):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     words = ["good", "fine", "bad", "awful"]
-    (folder / "reviews.csv").write_text("review,stars\n" + "".join(f"the film was {words[i % 4]},{'no' if i % 4 > 1 else 'yes'}\n" for i in range(60)))
+    rows = "".join(f"the film was {words[i % 4]},{'no' if i % 4 > 1 else 'yes'}\n" for i in range(60))
+    (folder / "reviews.csv").write_text("review,stars\n" + rows)
     return folder, bert(folder / "bert")
 
 
 @pytest.fixture(scope="module")
 def tuned(place, tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned") / "t"
-    assert cli.main(["tune", str(place[0] / "reviews.csv"), "--model", place[1], "--with", "lora(rank=4)", "--out", str(out), "--epochs", "8",
+    assert cli.main(["tune", str(place[0] / "reviews.csv"), "--model", place[1], "--with", "lora(rank=4)", "--out", str(out),
+                     "--epochs", "8",
                      "--batch-size", "8", "--lr", "0.03", "--log", "none"]) == 0
     return out
 
@@ -59,7 +61,8 @@ def test_help_lists_every_command_and_every_command_has_help(capsys):
     (["comparee"], "Nearest: compare"), (["--jobs", "2"], "--jobs"), (["zoo", "--jason"], "Nearest: --json"),
     (["compare", "x"], "--model"), (["compare", "x", "--model", "m", "--out", "o", "--epochs", "-1"], "--epochs"),
     (["tune", "x", "--model", "m", "--with", "lora()", "--out", "o", "--lr", "nan"], "'nan'"), (["sites"], "MODEL"),
-    (["zoo", "extra"], "one argument too many"), (["compare", "x", "--model", "m", "--out", "o", "--columns", "text"], "role=column"),
+    (["zoo", "extra"], "one argument too many"), (["compare", "x", "--model", "m", "--out", "o", "--columns", "text"],
+                                                  "role=column"),
     (["compare", "x", "--model", "m", "--out", "o", "--lr-grid", "1,,2"], "--lr-grid"),
     (["tune", "x", "--model", "m", "--with", "lora()", "--out", "o", "--precision", "int8"], "bf16"),
 ])
@@ -88,8 +91,10 @@ def test_ctrl_c_is_130(capsys, monkeypatch):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(argv=st.lists(st.one_of(st.sampled_from([*cli.COMMANDS, "--json", "--out", "--seeds", "--model", "--methods", "--with", "--lr", "--epochs",
-                                                "lora()", "digits", "-1", "0", "--", "-", ""]), st.text(max_size=8)), min_size=1, max_size=5)
+@given(argv=st.lists(st.one_of(st.sampled_from([*cli.COMMANDS, "--json", "--out", "--seeds", "--model", "--methods", "--with",
+                                                "--lr", "--epochs",
+                                                "lora()", "digits", "-1", "0", "--", "-", ""]), st.text(max_size=8)), min_size=1,
+                                                max_size=5)
        .filter(lambda argv: argv[0] not in ("check", "demo", "evidence", "docs", "sites", "cost")))
 def test_no_arguments_raise(capsys, argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -123,10 +128,24 @@ def test_one_method(capsys):
     assert "Nearest: lora" in run(capsys, "methods", "lorra")[2]
 
 
+OWN = '''"""Adds.  y = x + b"""
+from luthier.method import Method, method
+
+
+@method
+class shift(Method):
+    at: str = "block.*.out"
+
+    def init(self, site):
+        return dict(b=site.zeros(site.d_in))
+
+    def stream(self, t, p):
+        return t.map_h(lambda h: h + p.b)
+'''
+
+
 def test_own_method(capsys, tmp_path):
-    (tmp_path / "shift.py").write_text('"""Adds.  y = x + b"""\nfrom luthier.method import Method, method\n\n\n@method\nclass shift(Method):\n'
-                                       '    at: str = "block.*.out"\n\n    def init(self, site):\n        return dict(b=site.zeros(site.d_in))\n\n'
-                                       '    def stream(self, t, p):\n        return t.map_h(lambda h: h + p.b)\n')
+    (tmp_path / "shift.py").write_text(OWN)
     code, out, _ = run(capsys, "methods", "shift", "--import", tmp_path / "shift.py")
     assert code == 0 and "Adds." in out
     (tmp_path / "broken.py").write_text("def (:")
@@ -156,7 +175,8 @@ def test_tune_learns_and_predicts(capsys, tuned, tmp_path):
     code, out, _ = run(capsys, "predict", tuned, tmp_path / "some.txt", "--json")
     assert [p["label"] for p in json.loads(out)] == ["no", "yes"]
     (tmp_path / "some.csv").write_text("id,review\n1,the film was bad\n2,the film was good\n")
-    assert [line.split("\t")[1].split()[0] for line in run(capsys, "predict", tuned, tmp_path / "some.csv")[1].splitlines()] == ["no", "yes"]
+    assert [line.split("\t")[1].split()[0] for line in run(capsys, "predict", tuned,
+                                                           tmp_path / "some.csv")[1].splitlines()] == ["no", "yes"]
 
 
 def test_predict_reads_stdin(capsys, tuned, monkeypatch):
@@ -173,8 +193,9 @@ def test_merged_model_is_plain_and_equal(capsys, tuned, tmp_path):
     from luthier.tune import reopen
 
     code, out, _ = run(capsys, "merge", tuned, "--out", tmp_path / "plain", "--json")
-    assert code == 0 and {"config.json", "model.safetensors", "head.safetensors", "head.json", "README.md"} <= set(json.loads(out))
-    assert "AutoModel" in (tmp_path / "plain" / "README.md").read_text() or "BertModel" in (tmp_path / "plain" / "README.md").read_text()
+    assert code == 0 and {"config.json", "model.safetensors", "head.safetensors", "head.json",
+                          "README.md"} <= set(json.loads(out))
+    assert "BertModel.from_pretrained" in (tmp_path / "plain" / "README.md").read_text()
     model, text = AutoModel.from_pretrained(tmp_path / "plain").eval(), ["the film was good"]
     given = AutoTokenizer.from_pretrained(tmp_path / "plain")(text, return_tensors="pt")
     head = load_file(tmp_path / "plain" / "head.safetensors")
@@ -187,7 +208,8 @@ def test_merged_model_is_plain_and_equal(capsys, tuned, tmp_path):
 
 
 def test_what_cannot_merge_says_so_and_writes_nothing(capsys, place, tmp_path):
-    assert run(capsys, "tune", place[0] / "reviews.csv", "--model", place[1], "--with", "houlsby(width=2)", "--out", tmp_path / "t",
+    assert run(capsys, "tune", place[0] / "reviews.csv", "--model", place[1], "--with", "houlsby(width=2)", "--out",
+               tmp_path / "t",
                "--epochs", 1, "--log", "none")[0] == 0
     code, _, err = run(capsys, "merge", tmp_path / "t", "--out", tmp_path / "m")
     assert code == 2 and "houlsby" in err and not (tmp_path / "m").exists()
@@ -198,7 +220,8 @@ def test_merged_language_model_generates(capsys, tmp_path):
 
     (tmp_path / "t.txt").write_text("the film was good\n" * 80)
     model = llama(tmp_path / "llama")
-    assert run(capsys, "tune", tmp_path / "t.txt", "--model", model, "--with", "lora(rank=2)", "--out", tmp_path / "t", "--epochs", 1,
+    assert run(capsys, "tune", tmp_path / "t.txt", "--model", model, "--with", "lora(rank=2)", "--out", tmp_path / "t",
+               "--epochs", 1,
                "--max-length", 16, "--log", "none", "--json")[0] == 0
     assert isinstance(json.loads(run(capsys, "predict", tmp_path / "t", "the film", "--json")[1])[0]["text"], str)
     assert run(capsys, "merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0
@@ -214,9 +237,11 @@ def test_an_old_run_is_not_overwritten(capsys, place, tuned):
 def test_killed_tune_resumes_to_the_same_bits(place, tmp_path):
     """Ctrl-C (exit code 130, a clear word) and kill -9 on the way; the end is that of a run that nobody stopped."""
     def tune(out, *more):
-        argv = [sys.executable, "-m", "luthier", "tune", str(place[0] / "reviews.csv"), "--model", place[1], "--with", "adalora(rank=2)",
-                "--out", str(out), "--epochs", "40", "--batch-size", "4", "--every", "5", "--log", "none", *more]
-        return subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        argv = [sys.executable, "-m", "luthier", "tune", str(place[0] / "reviews.csv"), "--model", place[1], "--with",
+                "adalora(rank=2)",
+                "--out", str(out), "--epochs", "12", "--batch-size", "4", "--every", "5", "--log", "none", *more]
+        return subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
+                                text=True,
                                 stdout=subprocess.DEVNULL)
 
     def at(out, step):
@@ -232,7 +257,7 @@ def test_killed_tune_resumes_to_the_same_bits(place, tmp_path):
     said = " ".join(one.communicate()[1].split())
     assert one.returncode == 130 and "Stopped by Ctrl-C" in said and "--resume" in said and (out / "recipe.json").exists()
     two = tune(out, "--resume")
-    at(out, 100)
+    at(out, 60)
     two.kill()
     assert two.wait() == -signal.SIGKILL
     assert tune(out, "--resume").wait() == 0 and whole.wait() == 0
@@ -240,7 +265,8 @@ def test_killed_tune_resumes_to_the_same_bits(place, tmp_path):
 
 
 def test_compare_writes_its_three_files(capsys, place, tmp_path):
-    code, out, _ = run(capsys, "compare", place[0] / "reviews.csv", "--model", place[1], "--methods", "probe, lora(rank=2) >> bitfit", "--seeds",
+    code, out, _ = run(capsys, "compare", place[0] / "reviews.csv", "--model", place[1], "--methods",
+                       "probe, lora(rank=2) >> bitfit", "--seeds",
                        "2", "--epochs", 1, "--out", tmp_path / "o")
     assert code == 0 and "lora(rank=2) >> bitfit" in out and "accuracy (n=2)" in out
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["pareto.png", "report.html", "results.json"]
@@ -255,7 +281,8 @@ def test_images(capsys, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (200 + i,) * 3 if i % 2 else (i,) * 3).save(folder / f"{i}.png")
     model = vit(tmp_path / "vit")
-    assert run(capsys, "tune", tmp_path / "pics", "--model", model, "--with", "full", "--out", tmp_path / "t", "--epochs", 6, "--lr", "3e-3",
+    assert run(capsys, "tune", tmp_path / "pics", "--model", model, "--with", "full", "--out", tmp_path / "t", "--epochs", 6,
+               "--lr", "3e-3",
                "--batch-size", 4, "--log", "none")[0] == 0
     found = json.loads(run(capsys, "predict", tmp_path / "t", tmp_path / "pics" / "light", "--json")[1])
     assert len(found) == 12 and all(p["label"] == "light" for p in found)

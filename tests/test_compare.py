@@ -105,7 +105,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     g = np.random.default_rng(0)
     labels = np.arange(60) % 2
-    np.savez(folder / "light.npz", images=(g.integers(0, 90, (60, 8, 8)) + 150 * labels[:, None, None]).astype(np.uint8), labels=labels)
+    np.savez(folder / "light.npz", images=(g.integers(0, 90, (60, 8, 8)) + 150 * labels[:, None, None]).astype(np.uint8),
+             labels=labels)
     return str(folder / "light.npz"), vit(folder / "vit")
 
 
@@ -142,7 +143,8 @@ def test_finished_entries_are_not_run_again(first, place, monkeypatch):
 
 def test_what_changes_a_result_changes_its_key(first, place, monkeypatch):
     out, ran = first[0], []
-    monkeypatch.setattr(work, "do", lambda job, tell: ran.append(job) or {"score": .5, "trained": 1, "stored": 1, "seconds": 0, "steps": 1})
+    monkeypatch.setattr(work, "do", lambda job, tell: ran.append(job) or {"score": .5, "trained": 1, "stored": 1, "seconds": 0,
+                                                                          "steps": 1})
     for change in (dict(lr=2e-3), dict(epochs=2), dict(batch_size=8), dict(limit=20)):
         before = len(ran)
         compare(*place, "probe", 1, None, measure=False, **{**QUICK, **change})
@@ -193,9 +195,12 @@ def test_a_run_that_diverges_is_a_row_not_the_end(place):
 
 
 @pytest.mark.parametrize("change, error", [
-    (dict(methods="lor()"), BadChain), (dict(methods=""), BadChain), (dict(methods=[]), LuthierError), (dict(seeds=0), LuthierError),
-    (dict(seeds=[1, 1]), LuthierError), (dict(seeds=[-1]), LuthierError), (dict(jobs=0), LuthierError), (dict(epochs=0), LuthierError),
-    (dict(batch_size=-1), LuthierError), (dict(lr=0), LuthierError), (dict(lr=float("nan")), LuthierError), (dict(grid=(1, -1)), LuthierError),
+    (dict(methods="lor()"), BadChain), (dict(methods=""), BadChain), (dict(methods=[]), LuthierError),
+    (dict(seeds=0), LuthierError),
+    (dict(seeds=[1, 1]), LuthierError), (dict(seeds=[-1]), LuthierError), (dict(jobs=0), LuthierError),
+    (dict(epochs=0), LuthierError),
+    (dict(batch_size=-1), LuthierError), (dict(lr=0), LuthierError), (dict(lr=float("nan")), LuthierError),
+    (dict(grid=(1, -1)), LuthierError),
     (dict(methods="probe, lora(at=\"nowhere\")"), NoSuchSite), (dict(methods="lora() >> full()"), LuthierError),
 ])
 def test_bad_requests_are_refused_before_anything_is_written(place, tmp_path, change, error):
@@ -291,6 +296,7 @@ def test_memory_is_the_same_twice(place):
 
 
 def test_text(tmp_path):
-    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"the film was {'good' if i % 2 else 'bad'},{i % 2}\n" for i in range(40)))
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"the film was {'good' if i % 2 else 'bad'},{i % 2}\n"
+                                                             for i in range(40)))
     d = compare(tmp_path / "t.csv", bert(tmp_path / "bert"), "probe, houlsby(width=4), prompt(n=2)", 1, tmp_path / "out", **QUICK)
     assert not rows(d)[1]["merged"] and all(r["step"] for r in rows(d))

@@ -1,9 +1,9 @@
 """Compare ways of tuning one model on one task at equal budget, and say in plain words which pays off.
 
     from luthier.compare import compare, report, table
-    document = compare("reviews.csv", "minilm", "probe, full, lora(rank=8)", seeds=3, out="runs/reviews")     # results.json
-    print(table.show(document))                                                                               # the terminal's table
-    report.write(document, "runs/reviews")                                                                    # report.html, pareto.png
+    document = compare("reviews.csv", "minilm", "probe, full, lora(rank=8)", seeds=3, out="runs/a")   # results.json
+    print(table.show(document))                                                                       # the terminal's table
+    report.write(document, "runs/a")                                                                  # report.html, pareto.png
 """
 
 __all__ = ["compare"]

@@ -1,4 +1,4 @@
-"""One way of tuning, fitted once: build the model, attach the chain, train. `luthier tune` does it, and each entry of a comparison."""
+"""One way of tuning, fitted once: build the model, attach the chain, train. `luthier tune` does it, and every entry here."""
 
 from ..attach import attach, plan
 from ..errors import DoesNotFit

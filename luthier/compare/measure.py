@@ -1,5 +1,5 @@
-"""What a chain costs on this machine, each figure beside its reference: memory, step time against tuning everything, latency against
-the untouched model. The two sides run in turns (A B A B), so that what else the machine does hits both."""
+"""What a chain costs on this machine, each figure beside its reference: memory, step time against tuning everything, latency
+against the untouched model. The two sides run in turns (A B A B), so that what else the machine does hits both."""
 
 import math
 import statistics
@@ -62,14 +62,15 @@ class Meter:
         except (NotMergeable, BadOrder):
             merged = False
         with torch.no_grad():
-            ours, slower = turns(lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one), 3 * ROUNDS)
+            ours, slower = turns(lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one),
+                                 3 * ROUNDS)
         return {"memory": memory, "step": ratio, "step_seconds": mine, "latency": slower, "latency_seconds": ours,
                 "merged": merged, "threads": torch.get_num_threads()}
 
 
 def turns(a, b, rounds):
-    """(median seconds of a, median of a's time over the time of the b run right after it); b may be None. Neighbours in time share
-    what else the machine was doing, so the ratio is steadier than either time."""
+    """(median seconds of a, median of a's time over the time of the b run right after it); b may be None. Neighbours in time
+    share what else the machine was doing, so the ratio is steadier than either time."""
     for fn in filter(None, (a, b)):
         fn()
     times = [[clock(fn) if fn else math.nan for fn in (a, b)] for _ in range(rounds)]

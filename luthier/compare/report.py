@@ -54,7 +54,8 @@ def plot(document, found=None, said=None):
         for panel in panels:
             _labels(figure, panel, said)
         setting = document["setting"]
-        figure.suptitle(f"{short(setting['model'])} on {short(setting['data'])}: what each way of tuning buys", x=0.01, ha="left", fontsize=13,
+        figure.suptitle(f"{short(setting['model'])} on {short(setting['data'])}: what each way of tuning buys", x=0.01, ha="left",
+                        fontsize=13,
                         fontweight="bold")
         file = io.BytesIO()
         figure.savefig(file, format="png")
@@ -77,9 +78,8 @@ def _panel(panel, axis, found, said):
     room = max(high - low, 1e-3)
     for r in found:
         colour = PICK if r["chain"] == said["pick"] else FRONT if key in r["front"] else GREY
-        half = (r["high"] - r["low"]) / 2
-        if half < float("inf"):
-            panel.errorbar(r[key] * unit, r["mean"], half, color=colour, alpha=0.35, linewidth=1.2, capsize=0, zorder=1)
+        if r["half"] is not None:
+            panel.errorbar(r[key] * unit, r["mean"], r["half"], color=colour, alpha=0.35, linewidth=1.2, capsize=0, zorder=1)
         panel.scatter(r[key] * unit, r["mean"], s=52, color=colour, edgecolor="white", linewidth=0.9, zorder=3)
     panel.set_ylim(low - 0.25 * room, high + 0.25 * room)
     panel.margins(x=0.28)
@@ -108,7 +108,8 @@ def _labels(figure, panel, said):
         name = panel.annotate(text, (x, y), xytext=((10 if right else -10) * 72 / figure.dpi, (top - py) * 72 / figure.dpi),
                        textcoords="offset points", ha="left" if right else "right", va="center", fontsize=8.2,
                        color=PICK if pick else INK if front else "#5d6675", fontweight="bold" if pick else "normal", zorder=4,
-                       arrowprops=dict(arrowstyle="-", color="#c3c9d2", linewidth=0.7, shrinkA=0, shrinkB=3) if py - top > 4 else None)
+                       arrowprops=dict(arrowstyle="-", color="#c3c9d2", linewidth=0.7, shrinkA=0, shrinkB=3) if py - top > 4
+                       else None)
         name.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
@@ -122,16 +123,16 @@ body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui
 main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px } h2 { font-size: 18px; margin: 40px 0 10px }
 p { margin: 0 0 10px; max-width: 76ch } .soft { color: var(--soft) }
-.answer { background: var(--wash); border-left: 4px solid var(--pick); padding: 16px 20px; margin: 24px 0; border-radius: 0 6px 6px 0 }
+.answer { background: var(--wash); border-left: 4px solid var(--pick); padding: 16px 20px; margin: 24px 0 }
 .answer p:first-child { font-size: 20px; font-weight: 650 } .answer p:last-child { margin: 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--ink) } th:first-child, td:first-child { text-align: left }
+th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--ink) }
+th:first-child, td:first-child { text-align: left }
 td:first-child, code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 13.5px }
 tr.pick td { background: #fdf3f0 } tr.pick td:first-child { color: var(--pick); font-weight: 700 }
 td.front { color: var(--front); font-weight: 650 } td.front::after { content: " ◆"; font-size: 9px; vertical-align: 2px }
 td:not(.front)::after { content: " ◆"; font-size: 9px; visibility: hidden } td:nth-child(-n+2)::after { content: "" !important }
-.bar { display: inline-block; height: 8px; border-radius: 2px; background: var(--line); margin-left: 8px; vertical-align: 1px }
 img { width: 100%; height: auto; display: block; margin: 8px 0 }
 pre { background: var(--wash); padding: 12px 16px; border-radius: 6px; overflow-x: auto; margin: 0 0 10px }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; font-size: 14.5px }
@@ -148,7 +149,8 @@ def page(document, found, said, picture):
     facts = {"Model": setting["model"], "Data": setting["data"], "Task": f"{task['kind']}; " + ", ".join(
                  f"{split} {k:,}" for split, k in sizes.items()),
              "Score": f"{task['metric']} on the test split, {'higher' if task['higher'] else 'lower'} is better",
-             "Budget": f"the same for all: {setting['epochs']} epochs, batches of {setting['batch_size']}, AdamW, warm-up then linear decay",
+             "Budget": f"the same for all: {setting['epochs']} epochs, batches of {setting['batch_size']}, AdamW, warm-up then "
+                       "linear decay",
              "Learning rate": _rates(document, found), "Seeds": ", ".join(map(str, setting["seeds"])),
              "Machine": _machine(document["machine"]), "Versions": ", ".join(f"{k} {v}" for k, v in document["versions"].items())}
     if task.get("notes"):
@@ -156,17 +158,18 @@ def page(document, found, said, picture):
     listed = "".join(f"<dt>{e(k)}</dt><dd>{e(str(v))}</dd>" for k, v in facts.items())
     heads = "".join(f"<th>{e(t)}</th>" for t in ["method", f"{task['metric']} (n={n})", *(title for _, title, _ in COLUMNS)])
     again = f"<h2>Run it again</h2><pre>{e(document['command'])}</pre>" if document["command"] else ""
-    raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "low", "high", "lr", *COSTS)} for r in found]
+    raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "half", "lr", *COSTS)} for r in found]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{e(short(setting['model']))} on {e(short(setting['data']))}: which way of tuning?</title><style>{STYLE}</style>
 <main>
 <h1>Which way of tuning {e(short(setting['model']))}?</h1>
-<p class="soft">{len(found)} ways on {e(short(setting['data']))}, {n} seed{'s'[: n != 1]}, equal budget, every cost measured.</p>
+<p class="soft">{len(found)} ways on {e(short(setting['data']))}, {n} seed{'s'[: n != 1]}, equal budget, every cost
+measured.</p>
 <div class="answer">{''.join(f'<p>{e(t)}</p>' for t in said['text'])}</div>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
-<p class="soft" style="margin-top:10px">± is the half width of the 95% t-interval over seeds. ◆: no other way is both better and cheaper
-in that cost (Pareto front).</p>
+<p class="soft" style="margin-top:10px">± is the half width of the 95% t-interval over seeds. ◆: no other way is both better
+and cheaper in that cost (Pareto front).</p>
 <h2>Score against cost</h2>
 <img alt="Score against trained parameters, peak memory and step time; the Pareto front is drawn as a line"
 src="data:image/png;base64,{image}">
@@ -192,7 +195,8 @@ def _row(r, said):
     tds = [f"<td>{html.escape(brief(r['chain']))}</td>", f"<td>{shown[0]}</td>"]
     if r["failed"]:
         tds[1] = f"<td title=\"{html.escape(r['failed'])}\">{score(r)}{'' if r['mean'] is None else ' (a run stopped)'}</td>"
-    tds += [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _), text in zip(COLUMNS, shown[1:], strict=True)]
+    tds += [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _),
+            text in zip(COLUMNS, shown[1:], strict=True)]
     return f"<tr{' class=pick' if r['chain'] == said['pick'] else ''}>{''.join(tds)}</tr>"
 
 
@@ -208,7 +212,8 @@ def _rates(document, found):
 
 
 def _machine(m):
-    return f"{m['processor']}, {m['cores']} cores, {m['threads']} threads" + (f", {m['gpu']}" if m["gpu"] else "") + f", {m['system']}"
+    return f"{m['processor']}, {m['cores']} cores, {m['threads']} threads" + (f", {m['gpu']}" if m["gpu"]
+                                                                              else "") + f", {m['system']}"
 
 
 def _merged(found):

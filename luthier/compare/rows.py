@@ -20,18 +20,19 @@ def short(name):
 
 
 def rows(document):
-    """[{"chain", "seeds", "scores", "mean", "low", "high", "lr", "trained", "stored", "memory", "step", "latency", "failed",
+    """[{"chain", "seeds", "scores", "mean", "half" (width of the 95% interval), "lr", "trained", "stored", "memory", "step", "latency", "failed",
     "front": the costs on whose Pareto front it lies, ...}], None where a figure is missing."""
     entries = [document["entries"][k] for k in document["plan"] if k in document["entries"]]
     found = []
     for chain in document["setting"]["methods"]:
         mine = [e for e in entries if e["job"]["chain"] == chain]
         scored = [e for e in mine if "score" in e["result"]]
-        row = dict.fromkeys(("mean", "low", "high", "lr", "seconds", "step_seconds", "latency_seconds", "merged", *COSTS))
+        row = dict.fromkeys(("mean", "half", "lr", "seconds", "step_seconds", "latency_seconds", "merged", *COSTS))
         row |= {"chain": chain, "seeds": [e["job"]["seed"] for e in scored], "scores": [e["result"]["score"] for e in scored],
                 "failed": next((e["result"]["failed"] for e in mine if "failed" in e["result"]), None)}
         if scored:
-            row["mean"], row["low"], row["high"] = interval(row["scores"])
+            row["mean"], _, high = interval(row["scores"])
+            row["half"] = high - row["mean"] if len(scored) > 1 else None          # one seed has no interval
             row |= {k: scored[0]["result"][k] for k in ("trained", "stored")} | {"lr": scored[0]["job"]["lr"]}
             row["seconds"] = sum(e["result"]["seconds"] for e in scored) / len(scored)
         for e in mine:
@@ -66,7 +67,7 @@ def answer(document, found=None):
     higher, metric = document["task"]["higher"], document["task"]["metric"]
     best = (max if higher else min)(found, key=lambda r: r["mean"])
     single = len(best["scores"]) == 1
-    tied = [r for r in found if r["mean"] == best["mean"] or not single and best["low"] <= r["mean"] <= best["high"]]
+    tied = [r for r in found if r["mean"] == best["mean"] or not single and abs(r["mean"] - best["mean"]) <= best["half"]]
     measured = [c for c in ("trained", "memory", "step", "latency") if all(_known(r, c) for r in tied)]
     top = {c: max(r[c] for r in tied) or 1 for c in measured}
     pick = min(tied, key=lambda r: (math.prod(r[c] / top[c] for c in measured), r["trained"]))
@@ -92,8 +93,7 @@ def answer(document, found=None):
 
 
 def _score(r):
-    half = (r["high"] - r["low"]) / 2
-    return f"{r['mean']:.4g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
+    return f"{r['mean']:.4g}" + (f" ± {r['half']:.2g}" if r["half"] is not None else "")
 
 
 def _cheaper(pick, best, measured):

@@ -1,4 +1,4 @@
-"""The comparison: every chain over every seed at equal budget, then what each costs. Each finished entry is kept (see store.py)."""
+"""The comparison: every chain over every seed at equal budget, then what each costs. Finished entries are kept (see store.py)."""
 
 import contextlib
 import json
@@ -34,7 +34,8 @@ def compare(data, model=None, methods="probe, full, lora(rank=8)", seeds=3, out=
     _check(chains, seeds, jobs, [*rates.values(), *grid], epochs, batch_size)
     reference, task = _task(data, model, task_options)
     _fits(task, chains.values())
-    setting = dict(data=str(task.source), model=_name(task), methods=list(chains), seeds=seeds, epochs=epochs, batch_size=batch_size,
+    setting = dict(data=str(task.source), model=_name(task), methods=list(chains), seeds=seeds, epochs=epochs,
+                   batch_size=batch_size,
                    precision=precision, lr=None if tune_lr else rates, grid=list(grid) if tune_lr else None)
     budget = dict(epochs=epochs, batch_size=batch_size, precision=precision, task=reference)
     store = Store(out, setting, task, command)
@@ -47,7 +48,8 @@ def compare(data, model=None, methods="probe, full, lora(rank=8)", seeds=3, out=
                 bar.done(todo[i], result)
 
         if tune_lr:
-            search = {c: [dict(budget, kind="search", chain=c, seed=SEARCH_SEED, lr=r, split="val") for r in grid] for c in chains}
+            search = {c: [dict(budget, kind="search", chain=c, seed=SEARCH_SEED, lr=r, split="val") for r in grid]
+                      for c in chains}
             train([j for js in search.values() for j in js], "learning rates")
             rates = {c: _best(store, js, task.higher) for c, js in search.items()}
         score = [dict(budget, kind="score", chain=c, seed=s, lr=rates.get(c, 1e-3), split="test") for s in seeds for c in chains]
@@ -127,7 +129,8 @@ def _stoppable(store):
     except (KeyboardInterrupt, RunStopped) as e:
         if not getattr(e, "interrupted", True):
             raise
-        stop = RunStopped("Stopped by Ctrl-C. " + (f"The finished entries are in {store.path}; the same command goes on from there."
+        stop = RunStopped("Stopped by Ctrl-C. " + (f"The finished entries are in {store.path}; the same command goes on from "
+                                                   "there."
                                                    if store.path else "No folder was given, so nothing is kept."))
         stop.interrupted = True
         raise stop from e

@@ -22,7 +22,8 @@ class Store:
     def __init__(self, out, setting, task, command):
         self.path, self.mark = Path(out) / "results.json" if out else None, _mark(task)
         self.document = dict(format=FORMAT, setting=setting, command=command, task=task.describe(), machine=machine(),
-                             versions=versions(), plan=[], entries=read(self.path)["entries"] if self.path and self.path.exists() else {})
+                             versions=versions(), plan=[], entries=read(self.path)["entries"] if self.path and self.path.exists()
+                             else {})
 
     def key(self, job):
         plain = {k: v for k, v in job.items() if k != "task"} | {"data": self.mark}
@@ -51,8 +52,8 @@ class Store:
                 os.fsync(f.fileno())
             os.replace(partial, self.path)
         except OSError as e:
-            stop = RunStopped(f"{self.path} could not be written ({e.strerror or e}). What was written before is whole; free some "
-                              "space, and the same command goes on from there.")
+            stop = RunStopped(f"{self.path} could not be written ({e.strerror or e}). What was written before is whole; free "
+                              "some space, and the same command goes on from there.")
             stop.interrupted = False
             raise stop from e
         finally:

@@ -1,7 +1,5 @@
 """The comparison as one plain-text table: aligned, without colours, the best first."""
 
-import math
-
 from .rows import answer, brief, rows, short
 
 
@@ -28,12 +26,12 @@ def times(ratio):
 def score(row):
     if row["mean"] is None:
         return "no result"
-    half = (row["high"] - row["low"]) / 2
     digits = 1 if abs(row["mean"]) >= 100 else 2 if abs(row["mean"]) >= 10 else 4
-    return f"{row['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+    return f"{row['mean']:.{digits}f}" + ("" if row["half"] is None else f" ± {row['half']:.{digits}f}")
 
 
-COLUMNS = (("trained", "trained", count), ("stored", "stored", size), ("memory", "peak memory", size), ("step", "step / full", times),
+COLUMNS = (("trained", "trained", count), ("stored", "stored", size), ("memory", "peak memory", size),
+           ("step", "step / full", times),
            ("latency", "latency / base", times))
 
 
@@ -54,11 +52,12 @@ def show(document):
     head = ["", "method", f"{document['task']['metric']} (n={n})", *(title for _, title, _ in COLUMNS)]
     lines = [head] + [["*" if r["chain"] == said["pick"] else "", brief(r["chain"]), *cells(r)] for r in found]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    out = ["  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-           for line in lines]
+    sides = [str.ljust] * 3 + [str.rjust] * (len(head) - 3)
+    out = ["  ".join(side(c, w) for c, w, side in zip(line, widths, sides, strict=True)).rstrip() for line in lines]
     out.insert(1, "  ".join("─" * w for w in widths))
     task, setting = document["task"], document["setting"]
     sizes = task["sizes"]
-    above = (f"{short(setting['model'])} on {short(setting['data'])}: {task['kind']}, {sizes['train']:,} rows to train, {sizes['test']:,} to test, "
-             f"{setting['epochs']} epochs of batches of {setting['batch_size']}; mean and 95% interval over {n} seed{'s'[: n != 1]}")
+    above = (f"{short(setting['model'])} on {short(setting['data'])}: {task['kind']}, {sizes['train']:,} rows to train, "
+             f"{sizes['test']:,} to test, {setting['epochs']} epochs of batches of {setting['batch_size']}; "
+             f"mean and 95% interval over {n} seed{'s'[: n != 1]}")
     return "\n".join([above, "", *out, "", "* " + " ".join(said["text"])])

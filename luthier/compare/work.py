@@ -50,7 +50,8 @@ def do(job, tell=lambda steps: None):
 
     torch.manual_seed(job["seed"])
     try:
-        tuned, history = fit(task, job["chain"], seed=job["seed"], batch_size=job["batch_size"], epochs=job["epochs"], lr=job["lr"],
+        tuned, history = fit(task, job["chain"], seed=job["seed"], batch_size=job["batch_size"], epochs=job["epochs"],
+                             lr=job["lr"],
                              precision=job["precision"], progress=progress)
     except RunStopped as stop:
         if stop.interrupted:
@@ -71,8 +72,8 @@ def do(job, tell=lambda steps: None):
 def run(jobs, n=1, ray=None, tell=lambda steps: None):
     """Yield (place in `jobs`, result) as they finish: here, in n processes, or on a Ray cluster."""
     if (n > 1 or ray) and any("given" in job["task"] for job in jobs):
-        raise LuthierError("A task or module given in Python lives in this process only: leave out jobs and ray, or name the data and "
-                           "the model instead.")
+        raise LuthierError("A task or module given in Python lives in this process only: leave out jobs and ray, or name the "
+                           "data and the model instead.")
     if ray:
         yield from _on_ray(jobs, ray, tell)
     elif n > 1 and len(jobs) > 1:
@@ -96,8 +97,8 @@ def _in_processes(jobs, n, tell):
                 for future in finished:
                     yield places.pop(future), future.result()
         except BrokenProcessPool as e:
-            raise LuthierError(f"One of the {n} processes died, most likely for want of memory. Try fewer --jobs. What was finished is "
-                               "kept: the same command goes on from there.") from e
+            raise LuthierError(f"One of the {n} processes died, most likely for want of memory. Try fewer --jobs. What was "
+                               "finished is kept: the same command goes on from there.") from e
         finally:                                           # also when the reader stops early
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children() if places else ():
@@ -124,11 +125,12 @@ def _on_ray(jobs, address, tell):
     mine = not ray.is_initialized()
     if mine:
         try:
-            ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False, logging_level="error",
+            ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False,
+                     logging_level="error",
                      runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}} if address == "local" else None)
         except (ConnectionError, ValueError, RuntimeError) as e:
-            raise LuthierError(f"No Ray cluster answers at {address!r}: {str(e).splitlines()[0]} Start one with `ray start --head`, or "
-                               "use --ray local.") from e
+            raise LuthierError(f"No Ray cluster answers at {address!r}: {str(e).splitlines()[0]} Start one with `ray start "
+                               "--head`, or use --ray local.") from e
     try:
         remote = ray.remote(num_cpus=1)(do)
         places = {remote.remote(job): i for i, job in enumerate(jobs)}
