@@ -169,6 +169,7 @@ class Tuned(nn.Module):
                 seen = self._calibrate(m, group, data, loss) if observed else {}
                 for s in group:
                     self._at(step, s, bound[s], seen.get(s), state, known)
+                self._host.refresh()
             if not self._states_of[i]:
                 raise DoesNotFit(f"{m!r} finds nothing to change in {type(self.base).__name__}: none of the {len(step.sites)} "
                                  f"sites it was pointed at has what it needs. Choose others with {type(m).__name__}(at=...).")

@@ -45,7 +45,6 @@ class Host:
             self.patch(entry.module).add(entry)
         if s.stack is not None and s.kind != "weight":
             self._stack(s.stack)
-        self.refresh()
 
     def patch(self, module):
         if module not in self.patches:

@@ -9,6 +9,7 @@ from torch import nn
 
 import luthier
 from luthier import attach, attached, plan, switch, tiny
+from luthier._compat import torchvision
 from luthier.errors import BadOrder, DoesNotFit, NoSuchSite, NotMergeable, ScheduleNotStepped
 from luthier.method import REGISTRY, Method, method
 
@@ -71,15 +72,16 @@ def test_a_refused_attachment_leaves_no_trace():
 
 
 def test_attaching_to_224_linears_takes_milliseconds():
+    torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=4,
                                          num_key_value_heads=2, vocab_size=64))
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.process_time()                         # its own time, not what else the machine does
         tuned = attach(model, "lora(at='linear')")
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
         assert len(tuned.states) == 224
         tuned.detach()
     assert min(times) < 0.25, times
@@ -119,8 +121,9 @@ def test_two_attachments_equal_one_chain():
     expect = logits(model, batch)
     values = [p.data.clone() for _, p in one.trainable()]
     one.detach()
-    first, second = attach(model, "lora(at='linear') >> ssf"), attach(model, "houlsby(width=8)")
-    for (_, p), v in zip([*first.trainable(), *second.trainable()], values, strict=True):
+    params = attach(model, "lora(at='linear') >> ssf").trainable()     # frozen, and so no longer listed, under the second
+    params += attach(model, "houlsby(width=8)").trainable()
+    for (_, p), v in zip(params, values, strict=True):
         p.data.copy_(v)
     assert torch.equal(logits(model, batch), expect)
 
