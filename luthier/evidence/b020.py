@@ -14,7 +14,7 @@ SYSTEM, METHODS, SEEDS, MINUTES = "B020", ("said",), (0, 1, 2), 12
 CLAIM = "Rebuilt from a seed, nothing at init; 90% of full tuning at d under 5% of D; d90 smaller than for random weights"
 BASELINE = "full fine-tuning from the same start; the same network with random weights"
 MODEL, DATA = "stories260k (0.26M weights)", "TREC question types: 1500 train, 300 validation, 500 test rows"
-GRID, STEPS, RATES = (50, 150, 500, 1500, 5000, 15000), 150, (2e-4, 1e-3, 5e-3, 2e-2, 1e-1)
+GRID, STEPS, RATES = (150, 500, 1500, 5000, 11000), 150, (2e-4, 1e-3, 5e-3, 2e-2, 1e-1)
 
 
 def chain(d):

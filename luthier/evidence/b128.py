@@ -6,7 +6,7 @@ from torch import nn
 
 from luthier.evidence import _bench, beats, fact, judge
 
-SYSTEM, METHODS, SEEDS, MINUTES = "B128", ("ladder",), (0, 1, 2, 3, 4), 15
+SYSTEM, METHODS, SEEDS, MINUTES = "B128", ("ladder",), (0, 1, 2), 15
 CLAIM = "No gradient, no saved activation in the backbone; half of LoRA's training memory or less; beats a probe; pruning helps"
 BASELINE = "lora at matched parameters (memory), linear probe, and the same ladder with random side weights"
 MODEL, DATA = "minilm (22.7M)", "SST-2: 600 train, 150 validation, 400 test sentences"

@@ -7,7 +7,7 @@ import torch
 from luthier import attach, find
 from luthier.evidence import _bench, fact, judge, not_below
 
-SYSTEM, METHODS, SEEDS, MINUTES = "B160", ("mam", "petl", "prefix", "adaptformer"), (0, 1, 2, 3, 4), 12
+SYSTEM, METHODS, SEEDS, MINUTES = "B160", ("mam", "petl", "prefix", "adaptformer"), (0, 1, 2, 3, 4), 15
 CLAIM = "One description yields LoRA, adapter, prefix, parallel adapter, MAM; prefix equals its gated form; MAM >= adapter"
 BASELINE = "houlsby of equal budget, without norms"
 MODEL, DATA = "minilm (22.7M)", "TREC question types: 400 train, 150 validation, 400 test rows"
@@ -60,7 +60,7 @@ def run(seeds):
         spent[name] = _bench.body(tuned)
         return {}
 
-    per_seed, facts = _bench.arms(task, {"adapter": f"houlsby(width={width}, norms=False)", "mam": mam}, seeds, 75, after=after)
+    per_seed, facts = _bench.arms(task, {"adapter": f"houlsby(width={width}, norms=False)", "mam": mam}, seeds, 150, after=after)
     facts |= {"view": {n: {"gap": a, "moved": b} for n, (a, b) in found.items()}, "method_parameters": spent}
     return {"per_seed": per_seed, "facts": facts}
 

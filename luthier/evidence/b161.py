@@ -7,11 +7,11 @@ import torch
 
 from luthier.evidence import _bench, fact, judge, not_below
 
-SYSTEM, METHODS, SEEDS, MINUTES = "B161", ("adalora",), (0, 1, 2, 3, 4), 10
+SYSTEM, METHODS, SEEDS, MINUTES = "B161", ("adalora",), (0, 1, 2, 3, 4), 15
 CLAIM = "Active triplets follow a cubic schedule to the budget; ranks differ; P and Q stay orthogonal; no worse than uniform LoRA"
 BASELINE = "lora of uniform rank 1 at the same matrices: the final budget"
 MODEL, DATA = "minilm (22.7M)", "TREC question types: 400 train, 150 validation, 400 test rows"
-STEPS, RANK, TARGET = 100, 4, 1
+STEPS, RANK, TARGET = 200, 4, 1
 AT = "attn.q attn.k attn.v attn.o mlp.up mlp.down"
 
 
