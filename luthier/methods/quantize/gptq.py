@@ -61,7 +61,7 @@ class gptq(Method):
         d, span, like = W.shape[1], self.group or W.shape[1], W
         if W.is_meta:                      # a model of shapes alone: what the state will weigh
             return W, *(W.new_empty(len(W), -(-d // span)) for _ in range(2))
-        order = H.diag().argsort(descending=True) if self.act_order else torch.arange(d, device=W.device)
+        order = H.diag().argsort(descending=True).tolist() if self.act_order else list(range(d))
         W, U = W.to(H.dtype), inverse_factor(H[order][:, order], self.damp)
         scale, zero = (torch.stack(part, 1) for part in zip(*(grid(part, self.bits) for part in W.split(span, 1)), strict=True))
         scale, codes, W = scale.to(like.dtype), torch.empty_like(W), W[:, order]
@@ -73,8 +73,7 @@ class gptq(Method):
                 scale[:, lo // span] = now
             for j in range(lo, hi):
                 s, z = scale[:, order[j] // span], zero[:, order[j] // span]
-                q = ((W[:, j] / s).round() + z).clamp(0, 2**self.bits - 1)
-                codes[:, order[j]] = q
+                codes[:, order[j]] = q = ((W[:, j] / s).round() + z).clamp(0, 2**self.bits - 1)
                 errors[:, j - lo] = e = (W[:, j] - s * (q - z)) / U[j, j]
                 W[:, j + 1:hi] -= e[:, None] * U[j, j + 1:hi]
             W[:, hi:] -= errors @ U[lo:hi, hi:]
