@@ -304,8 +304,9 @@ def block_sites(b, stack, found, place, ends):
         found.append(((place[start.path], rank / 1e6), site))
     for p, x in b.leaves.items():
         found += [((place[p], 1), weight(x, "", "", b.modules, k, **where)) for k in x.params if k not in claimed[p]]
-    for group, path, heads in b.attends:
-        stream(group, path, "", (place[path], -1), kind="attend", heads=heads)
+    for group, core, heads in b.attends:                            # in its fast path torch's layer passes its attention by
+        path = up(core) if isinstance(b.modules[up(core)], nn.TransformerEncoderLayer) else core
+        stream(group, path, "", (place[core], -1), kind="attend", heads=heads)
     for tail, path, layout, mid in b.streams:
         stream(tail, path, layout, (ends[path], 5) if layout == "out" else (place[path], -1), mid=mid)
     stream("out", b.path, "out", (ends[b.path], 8))

@@ -269,6 +269,26 @@ def test_torch_multihead_attention():
     assert torch.allclose(y, m(x, x, x, need_weights=False)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["nn.TransformerEncoder", "nn.Transformer", "wavlm", "timm-beit", "deberta", "mamba", "siglip"])
+def test_a_weight_that_another_module_reads_takes_effect(name):
+    """Where a layer's own forward is never called, what is written into its site still changes what the model computes."""
+    model, given = built(name), feed(name)
+    raw = [s for s in weights(name) if s.layout == "raw" and "." in s.param and re.match("attn|cross|mlp|ssm", s.role)]
+    raw = raw or [s for s in weights(name) if s.param == "out_proj.weight"]
+    assert raw
+
+    def run(changed):
+        with torch.no_grad():
+            out = functional_call(model, changed, kwargs=given)
+        out = out if isinstance(out, torch.Tensor) else out[0] if isinstance(out, tuple) else next(iter(out.values()))
+        return out.double()
+    base, scale = run({}), {}
+    for s in raw[:8]:
+        path = f"{s.path}.{s.param}" if s.path else s.param
+        scale[s.name] = float((run({path: s.write(s.parameter.detach(), 3 * s.W + 0.1)}) - base).abs().max())
+    assert all(v > 0 for v in scale.values()), scale
+
+
 # ---- shapes of particular kinds
 def test_layouts():
     gpt2, resnet = scanned("gpt2"), scanned("resnet")
@@ -369,6 +389,11 @@ def test_cross_and_rope():
 
 
 # ---- streams
+def test_an_attention_that_torch_may_pass_by_is_reached_through_its_layer():
+    here = scanned("nn.TransformerEncoder")
+    assert isinstance(here["block.0.attn"].module, nn.TransformerEncoderLayer)
+
+
 def test_streams_of_a_block():
     names = [s.name for s in scanned("llama") if s.kind != "weight"]
     block = ["in", "attn", "attn.out", "mid", "mlp.in", "mlp.out", "out"]
