@@ -236,13 +236,13 @@ def find(model, selector):
 
     `attn.q` is short for `block.*.attn.q`; towers may be left out; `*` never crosses a dot; `block.0-3.out`, `block.6-.out`,
     `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty; `-WORD` takes
-    sites away again, if there are any."""
+    sites away again (`-head` also where a model has none)."""
     every = model if isinstance(model, Sites) else sites(model)
     chosen = set()
     for word in selector.split():
         drop, word = word[0] == "-" and len(word) > 1, word.removeprefix("-")
         got = _match(every, word)
-        if not got and not drop and word.rpartition(".")[2] not in GROUPS:
+        if not got and word.rpartition(".")[2] not in GROUPS and not (drop and word == "head"):
             tails = dict.fromkeys(re.sub(r"^.*?block\.\d+\.", "", s.name) for s in every)
             raise NoSuchSite(f"{word!r} matches no site of {type(every.model).__name__}. "
                              f"{nearest(word, [*tails, *every.by_name, *GROUPS])} List its sites with `luthier sites MODEL`.")

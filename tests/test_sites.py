@@ -501,7 +501,7 @@ def test_no_match_names_the_nearest(selector, near):
 
 
 def test_selecting_nothing_is_an_error():
-    for selector in ("", "attn.q -attn.q", "-head"):
+    for selector in ("", "attn.q -attn.q", "-head", "linear -attn.qq"):
         with pytest.raises(NoSuchSite):
             find(built("llama"), selector)
 
