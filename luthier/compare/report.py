@@ -177,8 +177,8 @@ src="data:image/png;base64,{image}">
 <dl>
 <dt>trained</dt><dd>numbers that the optimizer changes, the new head included</dd>
 <dt>stored</dt><dd>bytes of the saved folder, on disk, after training</dd>
-<dt>peak memory</dt><dd>most bytes alive at once in one train step, counted over all tensors that the step touches: weights, states,
-gradients, optimizer, activations. Weights that the step never reads are not counted</dd>
+<dt>peak memory</dt><dd>most bytes alive at once in one train step, counted over all tensors that the step touches: weights,
+states, gradients, optimizer, activations. Weights that the step never reads are not counted</dd>
 <dt>step / full</dt><dd>median time of a train step relative to tuning everything, the two run in turns in one process</dd>
 <dt>latency / base</dt><dd>median time of one input relative to the untouched model, in turns; merged into the weights where the
 method can be merged ({e(_merged(found))})</dd>

@@ -20,8 +20,8 @@ def short(name):
 
 
 def rows(document):
-    """[{"chain", "seeds", "scores", "mean", "half" (width of the 95% interval), "lr", "trained", "stored", "memory", "step", "latency", "failed",
-    "front": the costs on whose Pareto front it lies, ...}], None where a figure is missing."""
+    """[{"chain", "seeds", "scores", "mean", "half" (width of the 95% interval), "lr", "trained", "stored", "memory", "step",
+    "latency", "failed", "front": the costs on whose Pareto front it lies, ...}], None where a figure is missing."""
     entries = [document["entries"][k] for k in document["plan"] if k in document["entries"]]
     found = []
     for chain in document["setting"]["methods"]:
