@@ -272,6 +272,7 @@ def detach_restores(c):
 def save_load_equal(c):
     """A loaded state is the saved one to the bit, trains the same tensors, and takes no more room than its tensors need."""
     tuned = c.attach()
+    run(tuned, c.batch)                    # it has been in use: what that left behind is saved, too
     y, names = run(tuned, c.batch), [n for n, _ in tuned.trainable()]
     values = [p.detach().clone() for _, p in tuned.trainable()]
     tuned.save(c.folder / "state", extra={"a": [1]})
@@ -328,6 +329,7 @@ def survives_deepcopy(c):
     assert torch.equal(run(twin, c.batch), y), "the copy computes something else"
     jiggle(twin, seed=4)
     if tuned.trainable():
+        assert not torch.equal(run(twin, c.batch), y), "changing the copy's state changes nothing: it uses the original's"
         loss(twin, c.batch).backward()
         assert all(p.grad is None for _, p in tuned.trainable()), "training the copy gave the original gradients"
     assert torch.equal(run(tuned, c.batch), y), "changing the copy changed the original"
@@ -361,6 +363,8 @@ def autocast(c):
 @check
 def checkpointing(c):
     """Gradient checkpointing gives the gradients that there are without it."""
+    if c.dtype != torch.float32:
+        return "fp32 models only: in bf16 the bare model's own gradients differ"
     if not getattr(c.model, "supports_gradient_checkpointing", False):
         return "the model has no gradient checkpointing"
     grads = []
@@ -372,11 +376,10 @@ def checkpointing(c):
         if on:
             c.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         loss(tuned, c.batch).backward()
-        grads.append([p.grad.clone() for _, p in tuned.trainable()])
+        grads.append(torch.cat([p.grad.flatten() for _, p in tuned.trainable()]))
         tuned.detach()
-    c.renew()
-    for a, b in zip(*grads, strict=True):
-        c.close(b, a, "a gradient")
+    c.renew()                              # all together: some gradients are rounding noise about zero, such as a key's bias
+    c.close(grads[1], grads[0], "gradients with and without checkpointing")
 
 
 @check
@@ -505,21 +508,29 @@ def run_all(names, models=None, dtypes=DTYPES, checks=None, slow=True, progress=
     return everything
 
 
+MARKS = {"pass": "+", "exempt": "e", "n/a": ".", "FAIL": "X"}
+
+
 def table(rows):
-    """One line a method, one column a check; below it, what failed and why."""
+    """One method: checks by models. Several: methods by checks. The worst verdict of a field; below, what failed and why."""
     methods, checks = list(dict.fromkeys(r.method for r in rows)), list(dict.fromkeys(r.check for r in rows))
-    width = max(map(len, [*methods, "method"]))
-    lines = [f"{'method':{width}}  " + "  ".join(checks)]
-    for m in methods:
-        marks = []
-        for k in checks:
-            here = [r.verdict for r in rows if (r.method, r.check) == (m, k)]
-            mark = "FAIL" if "FAIL" in here else "exempt" if "exempt" in here else "pass" if "pass" in here else "n/a"
-            marks.append(f"{mark:{len(k)}}")
-        lines.append(f"{m:{width}}  " + "  ".join(marks).rstrip())
+    one = len(methods) == 1
+    across = list(dict.fromkeys(r.model for r in rows if r.model != "all")) if one else [str(i + 1) for i in range(len(checks))]
+    down, width = checks if one else methods, max(map(len, checks if one else [*methods, "method"]))
+    lines = [" ".join([f"{'check' if one else 'method':{width}} ", *across])]
+    for name in down:
+        fields = []
+        for i, column in enumerate(across):
+            mine = (column, name) if one else (name, checks[i])
+            here = {r.verdict for r in rows if ((r.model, r.check) if one else (r.method, r.check)) == mine}
+            fields.append(f"{next((MARKS[v] for v in ('FAIL', 'exempt', 'pass', 'n/a') if v in here), ' '):{len(column)}}")
+        lines.append(" ".join([f"{name:{width}} ", *fields]).rstrip())
+    lines += ["", "+ passes   e exempt, with a reason   . does not apply   X fails"]
+    said = {k: (fn.__doc__ or "").splitlines()[0] for k, fn in CHECKS.items()}
+    lines += [] if one else ["", *(f"{i + 1:2} {k:22}{said.get(k, '')}" for i, k in enumerate(checks))]
     bad = [r for r in rows if r.verdict == "FAIL"]
     lines += ["", *(f"FAIL {r.method} on {r.model} {r.dtype}: {r.check}: {r.why}" for r in bad)] if bad else []
-    count = {v: sum(r.verdict == v for r in rows) for v in ("pass", "FAIL", "exempt", "n/a")}
+    count = {v: sum(r.verdict == v for r in rows) for v in MARKS}
     return "\n".join([*lines, "", ", ".join(f"{n} {v}" for v, n in count.items())])
 
 
@@ -531,19 +542,19 @@ def as_json(rows):
 PAIR_MODELS = ("llama", "vit")
 
 
-def pair(a, b, model):
-    """"ok" when `a >> b` runs on the tiny model and comes off again exactly, else "refused: why". Anything else raises."""
+def pair(a, b, model, bench=None):
+    """"ok" when `a >> b` runs on the tiny model and comes off again exactly; "refused: why" when the order would lose work; "n/a:
+    why" when one of them does not fit the model; all else raises. `bench`: a dict that keeps the model for the next pair."""
+    bench = {} if bench is None else bench
     with tempfile.TemporaryDirectory() as folder:
-        fresh = tiny.build(model)
-        case = Case(example(a, fresh, Path(folder)) >> example(b, fresh, Path(folder)), model, torch.float32, folder)
+        case = bench.pop(model, None) or Case(None, model, torch.float32, folder)
+        case.chain = example(a, case.model, Path(folder)) >> example(b, case.model, Path(folder))
         tuned, y, said = None, case.base, "ok"
         try:
             tuned = case.attach()
             y = run(tuned, case.batch)
-            if tuned.trainable():
-                loss(tuned, case.batch).backward()
         except LuthierError as e:
-            said = f"refused: {' '.join(str(e).split())}"
+            said = f"{'refused' if isinstance(e, BadOrder) else 'n/a'}: {' '.join(str(e).split())}"
         finally:
             if tuned is not None:
                 tuned.detach()
@@ -552,14 +563,38 @@ def pair(a, b, model):
         odd = case.before.differs(case.model)
         assert odd is None, f"{a} >> {b} on {model}: after detaching, {odd}"
         assert torch.equal(run(case.model, case.batch), case.base), f"{a} >> {b} on {model}: the base computes something else"
+        bench[model], case.made = case, []
         return said
 
 
 def pairs(names=None, models=PAIR_MODELS, progress=None):
-    """(first, second, model) -> "ok" | "refused: why", for every ordered pair of methods; the matrix of docs/pairs.md."""
-    found = {}
+    """(first, second, model) -> what `pair` says, for every ordered pair of methods."""
+    found, bench = {}, {}
     for a, b, model in itertools.product(names or sorted(discover()), names or sorted(discover()), models):
-        found[a, b, model] = pair(a, b, model)
+        found[a, b, model] = pair(a, b, model, bench)
         if progress:
             progress(a, b, model)
     return found
+
+
+def pair_lines(found, first, model):
+    """The row of `first` in the matrix, and a sentence for each reason that stands in it."""
+    row = {b: said for (a, b, m), said in found.items() if (a, m) == (first, model)}
+    marks = {"ok": "+", "refused": "r", "n/a": "."}
+    cells = [marks[said.partition(":")[0]] for said in row.values()]
+    reasons = [f"- `{first} >> {b}`: {said.removeprefix('refused: ')}" for b, said in row.items() if said.startswith("refused")]
+    return f"| {first} | {' | '.join(cells)} |", reasons
+
+
+def pair_page(found=None):
+    """{"pairs.md": text} for `luthier docs`."""
+    found = found or pairs()
+    names, lines = list(dict.fromkeys(a for a, _, _ in found)), [
+        "<!-- Generated by `luthier docs`. Edit the source, not this page. -->", "", "# Which methods chain", "",
+        "Each cell is `row >> column`, attached, run and taken off again on a tiny model: `+` it runs, and undoing it restores "
+        "every bit; `r` refused, because the second would lose the first one's work; `.` one of the two does not fit this model."]
+    for model in dict.fromkeys(m for _, _, m in found):
+        rows = [pair_lines(found, a, model) for a in names]
+        lines += ["", f"## {model}", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}", *(row for row, _ in rows)]
+        lines += ["", *(reason for _, reasons in rows for reason in reasons)]
+    return {"pairs.md": "\n".join(lines) + "\n"}

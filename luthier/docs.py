@@ -218,4 +218,10 @@ def site_pages():
     return {"sites.md": module.table()}
 
 
-GENERATORS, SLOW = [method_pages, system_pages], [site_pages]
+def pair_pages():
+    """Which methods chain: every ordered pair, run anew."""
+    from luthier.check import pair_page
+    return pair_page()
+
+
+GENERATORS, SLOW = [method_pages, system_pages], [site_pages, pair_pages]
