@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .errors import BadState
+from .save import _fsync
 
 KEEP = 2
 
@@ -28,9 +29,9 @@ def write(folder, step, tensors, facts):
     path, partial = folder / f"step-{step:08d}.safetensors", folder / f".partial-{os.getpid()}"
     try:
         _store(tensors, facts, partial)
-        _flush(partial)
+        _fsync(partial)
         os.replace(partial, path)
-        _flush(folder)
+        _fsync(folder)
     finally:
         partial.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
@@ -48,14 +49,6 @@ def _store(tensors, facts, path):
         plain[name] = t.clone() if owner in seen or t.untyped_storage().nbytes() != t.nbytes else t
         seen.add(owner)
     save_file(plain, path, metadata={"luthier": json.dumps(facts)})
-
-
-def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def newest(folder):

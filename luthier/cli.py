@@ -166,7 +166,7 @@ def demo(a):
          SEEDS, arg("--out", required=True, metavar="DIR", help="folder for results.json, report.html, pareto.png"),
          arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate of every method (default 1e-3)"),
          arg("--tune-lr", action="store_true", help="search it for every method, baselines included, in the same small grid"),
-         arg("--lr-grid", type=several(positive), metavar="X,X,...", help="the grid (default 1e-4,3e-4,1e-3,3e-3,1e-2)"),
+         arg("--lr-grid", type=several(positive), metavar="X,X,...", help="the grid (default 3e-5,1e-4,3e-4,1e-3,3e-3,1e-2)"),
          JOBS, arg("--ray", metavar="ADDRESS", help="train on the Ray cluster there; local starts one"),
          *BUDGET, *TASK, IMPORT, JSON)
 def compare(a):

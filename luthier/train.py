@@ -46,9 +46,6 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
                             weight_decay=weight_decay, precision=precision))
     began, first = time.monotonic(), run.start(resume)
     tuned.train()
-    for m in tuned.modules():            # running statistics belong to the base, and the base is never written
-        if isinstance(m, torch.nn.modules.batchnorm._NormBase):
-            m.eval()
     try:
         main = run.accelerator.is_main_process             # of several processes, only one speaks and writes
         with _bar(main and progress, total, first) as tell, _writer(main and log, out, first) as write, _patience() as asked:
@@ -319,7 +316,7 @@ def _patience():
             raise KeyboardInterrupt
         asked.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN}
     try:
         yield asked
     finally:

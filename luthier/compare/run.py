@@ -10,7 +10,7 @@ from ..method import parse, split
 from . import work
 from .store import Store, machine
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SEARCH_SEED = 1000                       # of the learning-rate search: none of the seeds that are reported
 
 
