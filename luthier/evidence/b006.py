@@ -1,5 +1,5 @@
 """Compacter beside an adapter of the same width, on MiniLM and TREC. Karimi Mahabadi et al., NeurIPS 2021, arXiv:2106.04647.
-Width 24 as in the paper (768 / 32). Both sides train the layer norms too, as their papers do; parameters are counted without them."""
+Width 24 as in the paper (768 / 32). Both sides train the layer norms too, as in their papers; parameters are counted without."""
 
 import torch
 
