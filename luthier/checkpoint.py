@@ -97,7 +97,7 @@ def restore(states, tensors, plain):
                        "Resume with the chain and model it was made with, or choose another --out.")
     with torch.no_grad():
         for name, new in tensors.items():                  # .data: optimizers and other sites keep hold of the same object
-            own[name].data = new.to(device=own[name].device, dtype=own[name].dtype)
+            own[name].data = new.to(device=own[name].device, dtype=own[name].dtype, copy=True)    # aligned as torch aligns
     modules = dict(states.named_modules())
     for name, values in plain.items():
         for k, v in values.items():

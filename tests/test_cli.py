@@ -238,26 +238,26 @@ def test_killed_tune_resumes_to_the_same_bits(place, tmp_path):
     """Ctrl-C (exit code 130, a clear word) and kill -9 on the way; the end is that of a run that nobody stopped."""
     def tune(out, *more):
         argv = [sys.executable, "-m", "luthier", "tune", str(place[0] / "reviews.csv"), "--model", place[1], "--with",
-                "adalora(rank=2)",
+                "adalora(rank=4, target=2)",
                 "--out", str(out), "--epochs", "12", "--batch-size", "4", "--every", "5", "--log", "none", *more]
         return subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
                                 text=True,
                                 stdout=subprocess.DEVNULL)
 
-    def at(out, step):
+    def at(out, step, run):
         since = time.monotonic()
         while not any(int(p.stem[5:]) >= step for p in (out / "checkpoints").glob("step-*.safetensors")):
-            assert time.monotonic() - since < 300
+            assert time.monotonic() - since < 300 and run.poll() is None, run.stderr.read()
             time.sleep(0.01)
 
     whole, out = tune(tmp_path / "whole"), tmp_path / "stopped"
     one = tune(out)
-    at(out, 20)
+    at(out, 20, one)
     one.send_signal(signal.SIGINT)
     said = " ".join(one.communicate()[1].split())
     assert one.returncode == 130 and "Stopped by Ctrl-C" in said and "--resume" in said and (out / "recipe.json").exists()
     two = tune(out, "--resume")
-    at(out, 60)
+    at(out, 60, two)
     two.kill()
     assert two.wait() == -signal.SIGKILL
     assert tune(out, "--resume").wait() == 0 and whole.wait() == 0

@@ -11,7 +11,7 @@ paper's Appendix A has t - t_i - t_f above the line, which jumps at t_i).
 
 import torch
 
-from luthier.errors import ScheduleNotStepped
+from luthier.errors import BadChain, ScheduleNotStepped
 from luthier.method import Method, method
 
 
@@ -28,6 +28,12 @@ class adalora(Method):
     beta1: float = 0.85
     beta2: float = 0.85
     limits = {"warmup": (0, 0.5), "final": (0, 0.5), "beta1": (0, 1), "beta2": (0, 1)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target > self.rank:
+            raise BadChain(f"adalora(rank={self.rank}, target={self.target}): the budget falls from rank to target, so target "
+                           f"may not exceed rank. For example adalora(rank={self.rank}, target={max(1, self.rank // 2)}).")
 
     def init(self, site):                  # trains rank * (d_in + d_out + 1), in the end target * (...) on average
         P, Q = (site.normal(self.rank, d, std=d**-0.5) for d in (site.d_out, site.d_in))     # rows of about unit length
