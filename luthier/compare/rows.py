@@ -87,6 +87,9 @@ def answer(document, found=None):
         least = min((r for r in tied if r[cost] is not None), key=lambda r: r[cost], default=None)
         if least is not None and least is not pick:
             text.append(f"If {COSTS[cost]} alone matters, {brief(least['chain'])} has the least of it among these.")
+    if not document["setting"]["grid"] and len(found) > 1 and len({r["lr"] for r in found}) == 1:
+        text.append(f"All used one learning rate, {best['lr']:g}, which suits some better than others: --tune-lr searches one "
+                    "for each alike.")
     if single:
         text.append("One seed cannot tell skill from luck: run it with --seeds 3 or more before you rely on it.")
     return {"pick": pick["chain"], "best": best["chain"], "tied": [r["chain"] for r in tied], "text": text + lost}
