@@ -57,10 +57,10 @@ BAD = GOOD.replace("(1 + p.s)[:, None] * W", "(2 + p.s)[:, None] * W").replace("
 def test_a_file_of_ones_own(tmp_path, name, text, code):
     path = tmp_path / f"{name}.py"
     path.write_text(textwrap.dedent(text))
-    command = [sys.executable, "-m", "luthier.cli", "check", "--fast", "--import", str(path)]
+    command = [sys.executable, "-m", "luthier", "check", "--fast", "--import", str(path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(check.__file__).parents[1])
     assert run.returncode == code, run.stdout + run.stderr
-    assert ("FAIL" in run.stdout) == bool(code) and "identity_at_init" in run.stdout
+    assert (f"FAIL {name} on" in run.stdout) == bool(code) and "identity_at_init" in run.stdout
     if code:
         assert "attaching changed the output" in run.stdout
 
@@ -71,4 +71,4 @@ def test_the_table_of_one_and_of_many():
             check.Row("a", "vit", "bfloat16", k, "FAIL", "off")]
     one, many = check.table(rows), check.table([*rows, check.Row("b", "vit", "float32", k, "exempt")])
     assert "identity_at_init  X   ." in one and "FAIL a on vit bfloat16: identity_at_init: off" in one
-    assert "1 pass, 1 exempt, 1 n/a, 1 FAIL" in many and "\nb        e" in many
+    assert "1 pass, 1 exempt, 1 n/a, 1 FAIL" in many and "\nb       e" in many
