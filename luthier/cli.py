@@ -149,7 +149,8 @@ def _again(a):
     return "luthier " + shlex.join(a.argv)
 
 
-@command(arg("--out", default="demo-out", metavar="DIR", help="folder for the report (default demo-out)"), SEEDS, JOBS, JSON)
+@command(arg("--out", default="demo-out", metavar="DIR", help="folder for the report (default demo-out)"), SEEDS,
+         arg("--jobs", type=whole(1), default=2, metavar="N", help="train in N processes (default 2)"), JSON)
 def demo(a):
     """the main job on real data: a dozen ways of tuning a real ViT on digits, compared
 
