@@ -20,7 +20,7 @@ BASELINE = "task LoRA alone, of the same rank at the same matrices, with the sam
 MODEL = "stories260k (a Llama of 0.26M, trained on children's stories)"
 DATA = "MTS-Dialog: notes of 1201 visits (domain); 160 labelled notes of the 6 commonest sections (task), test: 200 visits"
 DOMAIN, TASK = "lora(rank=8, at='linear')", "lora(rank=4, at='attn.q attn.v') >> probe()"
-STEPS, BATCH, CLASSES = {"domain": 400, "task": 120}, 16, 6
+STEPS, BATCH, CLASSES = {"domain": 250, "task": 120}, 16, 6
 
 
 def notes():
