@@ -1,4 +1,4 @@
-"""One callback for transformers.Trainer: schedules advance, the chain is saved beside every checkpoint and loaded back from it."""
+"""One callback for transformers.Trainer: schedules advance, and the chain is saved beside every checkpoint."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The core on tiny models: plan before touching, several attachments, exact undo, shared and produced state, torch's own machinery."""
+"""The core on tiny models: plan first, several attachments, exact undo, shared and produced state, torch's own machinery."""
 
 import copy
 import time
@@ -54,7 +54,8 @@ def toy():
 def test_plan_touches_nothing_and_says_what_is_wrong():
     model = tiny.build("llama")
     for chain, error, said in [("lora(at='attn.qq')", NoSuchSite, "Nearest: "), ("lora >> gptq", BadOrder, "Put gptq first"),
-                               ("adaptformer(at='attn.q')", DoesNotFit, "weight site"), ("lora(at='attn.out')", DoesNotFit, "stream site"),
+                               ("adaptformer(at='attn.q')", DoesNotFit, "weight site"),
+                               ("lora(at='attn.out')", DoesNotFit, "stream site"),
                                ("lora >> full", BadOrder, "losing lora")]:
         with pytest.raises(error, match=said):
             plan(model, chain)
@@ -383,7 +384,8 @@ def test_deepcopy_is_whole_and_independent(chain):
     assert torch.equal(logits(tuned, batch), expect) and torch.equal(logits(tuned.detach(), batch), base)
 
 
-@pytest.mark.parametrize("name, chain", [("llama", "lora(at='linear')"), ("llama", "prefix(n=2)"), ("vit", "vpt(n=2) >> houlsby(width=4)")])
+@pytest.mark.parametrize("name, chain", [("llama", "lora(at='linear')"), ("llama", "prefix(n=2)"),
+                                         ("vit", "vpt(n=2) >> houlsby(width=4)")])
 def test_compiles_without_a_graph_break(name, chain):
     model, batch = tiny.build(name), tiny.batch(name)
     tuned = jiggle(attach(model, chain))

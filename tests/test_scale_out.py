@@ -54,7 +54,8 @@ def test_two_processes_reproduce_one(mode, chain, tmp_path):
     worker.write_text(WORKER)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-                          "--rdzv-endpoint=127.0.0.1:0", str(worker), mode, chain], capture_output=True, text=True, env=env, timeout=300)
+                          "--rdzv-endpoint=127.0.0.1:0", str(worker), mode, chain], capture_output=True,
+                         text=True, env=env, timeout=300)
     assert run.returncode == 0 and run.stdout.count("same") == 2, run.stderr[-3000:]
 
 
@@ -67,7 +68,8 @@ def test_as_the_model_inside_trainer():
     model = tiny.build("llama")
     tuned = attach(model, "adalora")
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], save_steps=6,
+        args = TrainingArguments(folder, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
+                                 save_steps=6,
                                  logging_steps=1, use_cpu=True, disable_tqdm=True, save_only_model=True)
         trainer = Trainer(model=tuned, args=args, train_dataset=[dict(input_ids=i, labels=i) for i in ids],
                           callbacks=[LuthierCallback()])

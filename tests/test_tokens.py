@@ -10,7 +10,8 @@ from luthier.tokens import Attention, Tokens
 IDS = torch.tensor([[1, 1, 5, 6, 7], [4, 5, 6, 7, 8]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 GREEDY = dict(max_new_tokens=7, do_sample=False, pad_token_id=1, eos_token_id=None)
-CHAINS = ["lora(at='linear')", "prompt(n=3)", "prefix(n=3)", "houlsby(width=8)", "ladder(reduce=4)", "prompt(n=3) >> lora >> prefix(n=2)"]
+CHAINS = ["lora(at='linear')", "prompt(n=3)", "prefix(n=3)", "houlsby(width=8)", "ladder(reduce=4)",
+          "prompt(n=3) >> lora >> prefix(n=2)"]
 
 
 def shaken(model, chain):
@@ -38,7 +39,8 @@ def test_beam_search_with_a_cache_equals_recomputing(chain):
     assert torch.equal(*beams)
 
 
-@pytest.mark.parametrize("chain", ["prompt(n=3)", "prompt(n=3, at='encoder.embed')", "prompt(n=2, at='decoder.embed')", "prefix(n=2)"])
+@pytest.mark.parametrize("chain", ["prompt(n=3)", "prompt(n=3, at='encoder.embed')", "prompt(n=2, at='decoder.embed')",
+                                   "prefix(n=2)"])
 def test_encoder_and_decoder_sides(chain):
     ids, mask = IDS.flip(1), MASK.flip(1)                   # right padding
     tuned = shaken(tiny.build("t5"), chain)
