@@ -25,6 +25,7 @@ class Step:
     method: object
     sites: tuple
     twins: dict                          # site -> the site whose state and view it shares, for tied weights of one step
+    watched: tuple                       # sites that are observed before there is a state
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ def plan(model, chain):
             if s.tied and s.kind == "weight":
                 what = "they change together" if here & set(s.tied) else "it is untied while attached"
                 notes.append(f"{s.name} is tied to {', '.join(s.tied)}: {what}.")
-        steps.append(Step(k, m, tuple(found), twins))
+        watched = [] if not m.observes else found if m.watch is None else find(every, m.watch)
+        for s in watched:
+            if s.kind != "weight" or s.layout not in ("linear", "conv1d", "conv"):
+                raise DoesNotFit(f"{name} observes inputs of linear and conv layers; {s.name} is a {s.layout} {s.kind} site. "
+                                 f"Choose its sites with {name}(at=...).")
+        steps.append(Step(k, m, tuple(found), twins, tuple(watched)))
     return Plan(base, chain, tuple(steps), tuple(dict.fromkeys(notes)), tuple(every.stacks))
 
 
@@ -164,11 +170,12 @@ class Tuned(nn.Module):
             bound = {s: s.bound(seed=self.seed, step=i, pool=pool, n_sites=len(step.sites), rank=r)
                      for r, s in enumerate(step.sites)}
             pool["sites"] = [bound[s] for s in step.sites if s not in step.twins]
-            observed = m.has("observe") and state is None
-            for group in self._groups(step, observed):
-                seen = self._calibrate(m, group, data, loss) if observed else {}
+            observed, own = m.observes and state is None, m.watch is None
+            for group in self._groups(step, observed and own):
+                seen = self._calibrate(m, group if own else step.watched, data, loss) if observed else {}
+                by_name = {s.name: v for s, v in seen.items()}
                 for s in group:
-                    self._at(step, s, bound[s], seen.get(s), state, known)
+                    self._at(step, s, bound[s], seen.get(s) if own else by_name, state, known)
                 self._host.refresh()
             if not self._states_of[i]:
                 raise DoesNotFit(f"{m!r} finds nothing to change in {type(self.base).__name__}: none of the {len(step.sites)} "
@@ -218,14 +225,12 @@ class Tuned(nn.Module):
     def _calibrate(self, m, group, data, loss):
         """Sum observe() over the batches, at the sites of one group; the run stops once the last of them has been seen."""
         name, batches = type(m).__name__, list(data)
+        if "g" in m.wants("observe"):                       # a squared gradient is a sample's own, not a batch's
+            batches = [{k: v[i:i + 1] for k, v in b.items()} for b in batches for i in range(len(next(iter(b.values()))))]
         if not batches:
             raise DoesNotFit(f"{name} observes the model's inputs before it starts. Pass calibration batches: "
                              f"attach(model, \"{name}(...)\", data=batches).")
         wants_g, seen, handles, state = "g" in m.wants("observe"), {}, [], {}
-        for s in group:
-            if s.kind == "weight" and s.layout not in ("linear", "conv1d", "conv"):
-                raise DoesNotFit(f"{name} observes inputs of linear and conv layers; {s.name} is a {s.layout}. "
-                                 f"Choose its sites with {name}(at=...).")
 
         def add(s, x, g=None):
             new = call(m, "observe", x=x, **({"g": g} if wants_g else {}))

@@ -95,7 +95,7 @@ def _fields(thing):
     """(name, type, default, comment) of every hyperparameter; default None-object means required."""
     said, rows = _comments(thing), []
     for p in inspect.signature(thing).parameters.values():
-        kind = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", str(p.annotation))
+        kind = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", str(p.annotation).removeprefix("typing."))
         rows.append((p.name, "" if p.annotation is p.empty else kind.replace("|", "or"), "required" if p.default is p.empty
                      else f"`{p.default!r}`", said.get(p.name, "")))
     return rows
@@ -111,7 +111,7 @@ def _can(thing):
         return ["is a chain of other methods: it can do what they can"]
     has = set(_verbs(thing))
     can = ["merges into plain weights" if "weight" in has else "does not merge: it stays beside the model"]
-    can += ["needs calibration data"] if "observe" in has else []
+    can += [] if "observe" not in has else ["needs calibration data"] if thing.watch is None else ["can use calibration data"]
     can += ["no longer needs the base weight"] if thing.discards() else []
     can += ["has a schedule: training must call `tuned.step(optimizer)`"] if "step" in has else []
     return can

@@ -2,8 +2,10 @@
 
 The verbs are pure functions of the state `p`, and each takes, by name, only what it needs:
 
-    observe(x[, g])          additive statistic of a weight site's input x: (N, d_in) [and output gradient g: (N, d_out)]
-    init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it
+    observe(x[, g])          additive statistic of a weight site's input x: (N, d_in) [and output gradient g: (N, d_out), one
+                             sample at a time]; over calibration batches, at the sites of `watch`
+    init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it;
+                             seen: the statistic of this site, or {site name: statistic} of the watched ones
     weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base is not needed
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
     stream(t, p)             change of a token stream, Tokens -> Tokens
@@ -33,6 +35,7 @@ REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: 
 
 class Method:
     at = ""                             # which sites: a selector, see luthier.site.find
+    watch = None                        # which sites observe() looks at; None: those it acts on; "": none, so no data is needed
     exempt: typing.ClassVar[dict] = {}  # contract -> why this method cannot keep it; strict: a needless exemption fails
     example: typing.ClassVar[dict] = {}  # hyperparameters for checks on tiny models, where the defaults do not suit
     limits: typing.ClassVar[dict] = {}  # hyperparameter -> (lowest, highest); else: positive where the default is positive
@@ -61,6 +64,10 @@ class Method:
         """The names of the arguments that a verb asks for."""
         return cls._wants[verb]
 
+    @property
+    def observes(self):
+        return self.has("observe") and self.watch != ""
+
     @classmethod
     def discards(cls):
         """Whether the base weight is not needed once the state is there: derived from the signature, never declared."""
@@ -80,6 +87,10 @@ def _fit(cls, f, value):
 
     kind = f.type if not isinstance(f.type, str) else _annotation(cls, f.name)
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in (words := typing.get_args(kind)):
+            raise bad(f"must be one of {', '.join(map(repr, words))}")
+        return value
     names = [getattr(k, "__name__", str(k)) for k in kinds]
     if float in kinds and type(value) is int and int not in kinds:
         value = float(value)

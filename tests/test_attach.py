@@ -358,9 +358,11 @@ def test_calibration_with_gradients(toy):
     model, batch = tiny.build("llama"), tiny.batch("llama")
     batch = {**batch, "labels": batch["input_ids"]}
     P = model.model.layers[1].mlp.up_proj.weight
-    model(**batch).loss.backward()
-    expect = P.grad.square()
-    model.zero_grad(set_to_none=True)
+    expect = 0                                              # of each sample alone
+    for i in range(len(batch["input_ids"])):
+        model(**{k: v[i:i + 1] for k, v in batch.items()}).loss.backward()
+        expect = expect + P.grad.square()
+        model.zero_grad(set_to_none=True)
     tuned = attach(model, fisher(), data=[batch])
     torch.testing.assert_close(tuned.states["0:fisher@block/1/mlp/up"].F, expect)
     assert all(p.grad is None for p in model.parameters())

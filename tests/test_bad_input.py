@@ -71,7 +71,7 @@ CHAINS = [  # (text, words that the message must hold)
     ("prob", "probe"), ("lora() >> sssf()", "ssf"), ("lora-r8", "lora"), ("gptq(bit=4)", "bits"),
     ("spiel(density=2)", "density"), ("spiel(density=-1)", "density"), ("adalora(warmup=-1)", "warmup"),
     ("adalora(beta1=1.5)", "beta1"), ("pitome(keep=0.1)", "keep"), ("pitome(keep=2)", "keep"),
-    ("petl(form='nope')", "form relu"), ("petl(insertion=1)", "insertion"), ("prompt(n=0)", "n"), ("prompt(n=-3)", "n"),
+    ("petl(form='nope')", "form 'relu'"), ("petl(insertion=1)", "insertion"), ("prompt(n=0)", "n"), ("prompt(n=-3)", "n"),
     ("mam(width='x')", "width"), ("\x00", ""), ("lora(rank=8)\x00", ""), ("lörä()", "lora"), ("🎻", ""),
     ("lora(rank=8) # >>\nssf()", ""), ("\u202elora()", ""), ("import os", ""), ("rank=8", ""), ("lora(rank==8)", ""),
     ("lora(rank:=8)", ""), ("...", ""), ("lora() >> ...", ""),

@@ -236,7 +236,7 @@ def test_dare_combines_by_average_sum_or_election(tmp_path):
     nothing = changed(attach(Two(), dare(experts=paths, drop=1.0)))
     assert all(torch.isfinite(t).all() and (t == 0).all() for t in nothing.values())
     assert not torch.equal(mask(0, 0, "x", (64,), 0.5), mask(0, 1, "x", (64,), 0.5))      # each expert has its own mask
-    with pytest.raises(BadChain, match="mean, sum, elect"):
+    with pytest.raises(BadChain, match="'mean', 'sum', 'elect'"):
         dare(combine="median")
 
 

@@ -11,6 +11,7 @@ import sys
 import torch
 
 from luthier import attach, cost, tasks
+from luthier.compare.fit import Calibration
 from luthier.errors import RunStopped
 from luthier.evidence import fact
 from luthier.train import train
@@ -26,7 +27,8 @@ def task(data, model, train=400, val=150, test=400, **options):
 
 def trained(task, chain, seed, lr, steps, batch=16, head=True):
     """A fresh model with the chain (and the task's head) on it, trained; the seed sets head, state and order of the data."""
-    tuned = attach(task.build(seed), with_head(chain) if head else chain, seed=seed)
+    data = Calibration(task, batch, seed)
+    tuned = attach(task.build(seed), with_head(chain) if head else chain, data, seed=seed, loss=task.loss)
     train(tuned, task, steps=steps, lr=lr, batch_size=batch, seed=seed, progress=False, log=False)
     return tuned.eval()
 

@@ -41,13 +41,14 @@ def run(seeds):
     task = _bench.task("sst2", "minilm", train=600)
     spent = _bench.body(_bench.attach(task.build(0), "ladder()"))
     rank = -(-spent // _bench.body(_bench.attach(task.build(0), f"lora(rank=1, at={AT!r})")))
-    chains = {"probe": "probe()", "ladder": "ladder()", "random start": "ladder(pruned=False)",
+    chains = {"probe": "probe()", "ladder": "ladder(start='fisher')", "norm start": "ladder()", "random start": "ladder(start='random')",
               "lora": f"lora(rank={rank}, at={AT!r})"}
     per_seed, facts = _bench.arms(task, chains, seeds, STEPS)
     facts["memory"], facts["method_parameters"] = {}, {}
     batch = _bench.first(task, size=100)                     # the paper's batch
     for name, chain in chains.items():
-        tuned = _bench.attach(task.build(0), _bench.with_head(chain), seed=0)
+        data = _bench.Calibration(task, 16, 0)
+        tuned = _bench.attach(task.build(0), _bench.with_head(chain), data, seed=0, loss=task.loss)
         facts["memory"][name], facts["method_parameters"][name] = _bench.memory(tuned, task, batch), _bench.body(tuned)
         if name in ("ladder", "lora"):
             touched, graded = backbone_graph(tuned, task, batch)
@@ -62,7 +63,8 @@ def verdict(figures):
     share = ours["peak"] / lora["peak"]
     return judge(
         [beats(figures, "ladder", "probe", "accuracy above the linear probe"),
-         beats(figures, "ladder", "random start", "pruned start above random start"),
+         beats(figures, "ladder", "random start", "start pruned by Fisher information above random start"),
+         beats(figures, "norm start", "random start", "start pruned by weight norms above random start"),
          fact(share <= 0.5, f"peak memory of a training step, weights included: {mib(ours['peak'])} against LoRA's "
                             f"{mib(lora['peak'])}, {share:.0%}, needed 50%; kept for backward: {mib(ours['saved'])} against "
                             f"{mib(lora['saved'])}")],

@@ -10,29 +10,24 @@ adapter  relu, attn.out mlp.out, sequential, add        parallel adapter  relu, 
 LoRA     linear, attn.q attn.v, parallel, scaled        prefix            softmax, attn, parallel, gated
 """
 
+from typing import Literal
+
 from torch.nn.functional import relu
 
-from luthier.errors import BadChain, DoesNotFit
+from luthier.errors import DoesNotFit
 from luthier.method import Method, method
 
 FORM = {"softmax": lambda z: z.softmax(-1), "relu": relu, "linear": lambda z: z}
-CHOICES = dict(form=tuple(FORM), insertion=("parallel", "sequential"), composition=("add", "scaled", "gated"))
 
 
 @method
 class petl(Method):
     at: str = "mlp.in mlp.out"
-    form: str = "relu"
-    insertion: str = "parallel"
-    composition: str = "scaled"
+    form: Literal["softmax", "relu", "linear"] = "relu"
+    insertion: Literal["parallel", "sequential"] = "parallel"
+    composition: Literal["add", "scaled", "gated"] = "scaled"
     width: int = 64
     scale: float = 4.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise BadChain(f"petl({name}={getattr(self, name)!r}): {name} is one of {', '.join(known)}.")
 
     def init(self, site):                  # trains width (D + D_out), at heads 2 width Hkv Dh
         heads = site.kind == "attend"

@@ -5,10 +5,10 @@ one sign per entry and the mean of those who have it. The mask is a function of 
 """
 
 import hashlib
+from typing import Literal
 
 import torch
 
-from luthier.errors import BadChain
 from luthier.method import Method, method
 from luthier.methods.merge._experts import elect, located, merged, near
 
@@ -27,7 +27,7 @@ class dare(Method):
     experts: tuple[str, ...] = ()          # folders or .safetensors files of models tuned from this base
     drop: float = 0.9
     rescale: bool = True
-    combine: str = "mean"
+    combine: Literal["mean", "sum", "elect"] = "mean"
     scale: float = 1.0
     seed: int = 0
     limits = {"drop": (0, 1)}
@@ -37,8 +37,6 @@ class dare(Method):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "experts", located(self.experts))
-        if self.combine not in COMBINE:
-            raise BadChain(f"{self!r}: combine is one of {', '.join(COMBINE)}.")
 
     def init(self, site):
         def thin(number, expert, what, τ):

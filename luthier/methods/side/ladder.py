@@ -4,10 +4,13 @@ no gradient and saves no activation. μ_i = sigmoid(α_i / 0.1), α_i = 0. Block
 w = D / reduce, heads of width Dh / reduce, m / reduce neurons. `every=2` drops every second rung, keeping the last.
 `residual=False`: the head sees U LN(s_L) alone, as in the paper, with U ~ N(0, 1/w) in place of 0.
 
-`pruned=True`: Block_i starts as frozen block i cut down to the residual dimensions, the places in each head and the neurons with
-the largest product of weight norms over the matrices they run through; D_i as the choice of those dimensions (random there).
+`start="norm"`: Block_i starts as frozen block i cut down to the residual dimensions, the places in each head and the neurons with
+the largest product of weight norms over the matrices they run through; D_i as the choice of those dimensions. `start="fisher"`:
+the same, by sums of the empirical Fisher information Σ_samples (∂L/∂W)² over calibration data. `start="random"`: normal values.
 The side attention has no positions of its own. In an encoder-decoder the ladder stands beside the decoder.
 """
+
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,8 +22,9 @@ from luthier.method import Method, method
 READS, WRITES = ("q", "k", "v", "up", "gate"), ("o", "down")           # (inner, D) and (D, inner)
 
 
-def weigh(parts, roles, inner):            # log of the product of norms, for each inner place or each residual dimension
-    return sum(parts[r].W.float().norm(dim=int(inner != (r in WRITES))).log() for r in roles if r in parts)
+def weigh(parts, seen, roles, inner):      # log of the product over matrices, for each inner place or each residual dimension
+    over = {r: int(inner != (r in WRITES)) for r in roles if r in parts}
+    return sum((seen[parts[r].name][d] if seen else parts[r].W.float().norm(dim=d)).log() for r, d in over.items())
 
 
 def top(score, k):                         # (..., n) -> places of the k largest, ascending
@@ -32,11 +36,19 @@ class ladder(Method):
     at: str = "block.0.in block.*.out final"
     reduce: int = 8
     every: int = 1
-    pruned: bool = True
+    start: Literal["norm", "fisher", "random"] = "norm"
     residual: bool = True
     example = {"reduce": 2}
 
-    def init(self, site):
+    @property
+    def watch(self):
+        return "linear -head" if self.start == "fisher" else ""
+
+    def observe(self, x, g):               # one sample's (N, d_in), (N, d_out) -> Fisher summed over outputs, over inputs
+        F = (g.T @ x).float().square()
+        return F.sum(0), F.sum(1)
+
+    def init(self, site, seen):
         d, w = site.d_out, max(1, site.d_out // self.reduce)
         if site.tower == "encoder" or site.role == "out" and (site.stack.n_blocks - 1 - site.block) % self.every:
             return None
@@ -46,18 +58,18 @@ class ladder(Method):
         if not {"q", "k", "v", "o", "up", "down"} <= parts.keys():
             raise DoesNotFit(f"ladder copies the attention and MLP of every block; at {site.name} they were not found. "
                              "Use another method, or other sites: ladder(at=...).")
-        cut = site.shared("cut", lambda: top(weigh(parts, READS + WRITES, inner=False), w), group=site.tower)
-        D = nn.Parameter(torch.eye(d)[cut].to(site.like)) if self.pruned else site.normal(w, d, std=d**-0.5)
+        cut = site.shared("cut", lambda: top(weigh(parts, seen, READS + WRITES, inner=False), w), group=site.tower)
+        D = nn.Parameter(torch.eye(d)[cut].to(site.like)) if self.start != "random" else site.normal(w, d, std=d**-0.5)
         rung = dict(D=D, d=site.zeros(w))
         if site.role == "out":
-            rung |= dict(a=site.zeros(1), g1=site.ones(w), g2=site.ones(w), **self._block(site, parts, cut))
+            rung |= dict(a=site.zeros(1), g1=site.ones(w), g2=site.ones(w), **self._block(site, parts, seen, cut))
         return rung
 
-    def _block(self, site, parts, cut):
+    def _block(self, site, parts, seen, cut):
         H, G, Dh = site.peers["attn"].heads                            # query heads, key/value heads, width
-        heads = sum(weigh({r: parts[r]}, r, inner=True).view(G, -1, Dh).mean(1) for r in "qkvo")
+        heads = sum(weigh(parts, seen, r, inner=True).view(G, -1, Dh).mean(1) for r in "qkvo")
         places = top(heads, Dh // self.reduce)                         # (G, Dh / reduce)
-        neurons = weigh(parts, ("up", "gate", "down"), inner=True)     # (m,)
+        neurons = weigh(parts, seen, ("up", "gate", "down"), inner=True)     # (m,)
         kept = dict.fromkeys(("up", "gate", "down"), top(neurons, len(neurons) // self.reduce))
         for r, n in dict(q=H, k=G, v=G, o=H).items():
             here = places.repeat_interleave(n // G, 0)
@@ -65,7 +77,7 @@ class ladder(Method):
         made = dict(heads=H)
         for r in (r for r in kept if r in parts):
             W = parts[r].W[cut][:, kept[r]] if r in WRITES else parts[r].W[kept[r]][:, cut]
-            made[r] = nn.Parameter(W.to(site.like)) if self.pruned else site.normal(*W.shape, std=W.shape[1]**-0.5)
+            made[r] = nn.Parameter(W.to(site.like)) if self.start != "random" else site.normal(*W.shape, std=W.shape[1]**-0.5)
         return made
 
     def stream(self, t, p):                # lane s: (B, T, w)

@@ -1,23 +1,24 @@
 """Merge the most redundant tokens between attention and MLP; isolated ones are kept. Nothing is trained.
 
-k_i: a token's key, mean over heads.   energy_i = 1/N Σ_j f(cos(k_i, k_j)),   f(x) = x if x ≥ m else α (exp(x - m) - 1)
-Tran et al., PiToMe, 2024. arXiv:2405.16148 §3.2: m = 0.9 - 0.9 l/L in layer l = 0… of L, α = 1. The 2r tokens of
-highest energy may merge; in that order they go alternately to A and B, and each of A is absorbed by its most similar of B, as a
-mean weighted by size. Attention is proportional: softmax(q kᵀ/√Dh + log size). r = (1 - keep) of the tokens that may merge.
+k_i: a token's key, mean over heads.   energy_i = 1/N Σ_j elu(cos(k_i, k_j) - m),   elu(x) = x if x ≥ 0 else α (exp(x) - 1)
+Tran et al., PiToMe, 2024. arXiv:2405.16148 §3.2, eq. 4, as in the authors' code (where the paper leaves m in above the margin):
+m = 0.9 - 0.9 l/L in layer l = 0… of L, α = 1. The 2r tokens of highest energy may merge; in that order they go alternately to
+A and B, and each of A is absorbed by its most similar of B, as a mean weighted by size. Attention is proportional:
+softmax(q kᵀ/√Dh + log size). r = (1 - keep) of the tokens that may merge.
 
 `protect=False` is the matching of ToMe (Bolya et al., 2022. arXiv:2210.09461 §3): A and B are the even and odd places, and the
 r tokens of A with the closest partner merge. Special and inserted tokens never merge; padding merges first and weighs nothing.
 """
 
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import elu, normalize, pad
 
 from luthier.errors import DoesNotFit
 from luthier.method import Method, method
 
 
 def energy(similar, m, alpha):             # (B, N, N) -> (B, N)
-    return torch.where(similar >= m, similar, alpha * (torch.exp(similar - m) - 1)).mean(-1)
+    return elu(similar - m, alpha).mean(-1)
 
 
 @method
