@@ -238,26 +238,23 @@ class Tuned(nn.Module):
 
         def inputs(s):
             def hook(module, args):
-                x = _rows(s, args[0], None if wants_g else state.get("mask"))
-                if wants_g:
-                    state.setdefault("x", {})[s] = x
-                    return
-                add(s, x)
+                add(s, _rows(s, args[0], state.get("mask")))
                 state["left"].discard(s)
                 if not state["left"]:
                     raise _Enough
             return hook
 
         def gradients(s):
-            def hook(module, gin, gout):
-                g = _rows(s, gout[0], out=True)
-                add(s, state["x"].pop(s), g if s.rows is None else g[:, slice(*s.rows) if isinstance(s.rows, tuple) else s.rows])
+            rows = slice(*s.rows) if isinstance(s.rows, tuple) else slice(None) if s.rows is None else s.rows
+
+            def hook(module, args, out):                    # each call of the layer keeps its own input
+                x = _rows(s, args[0])
+                out.register_hook(lambda g: add(s, x, _rows(s, g, out=True)[:, rows]))
             return hook
 
         for s in group:
-            handles.append(s.module.register_forward_pre_hook(inputs(s)))
-            if wants_g:
-                handles.append(s.module.register_full_backward_hook(gradients(s)))
+            handles.append(s.module.register_forward_hook(gradients(s)) if wants_g else
+                           s.module.register_forward_pre_hook(inputs(s)))
         training = self.model.training
         self.model.eval()
         try:
