@@ -4,6 +4,7 @@ Nothing here writes a base tensor. A patch is a callable put in a module's own _
 plain objects, so copy.deepcopy copies them with the model they serve, and taking them away leaves the objects that were there.
 """
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from . import thin
 from .errors import DoesNotFit
 from .method import call
 from .state import Overlay
@@ -27,7 +29,7 @@ class Host:
         self.model, self.owners, self.context = model, [], {}
         self.patches, self.ports, self.stacks, self.towers = {}, {}, {}, []
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
-        self.fast = True
+        self.fast, self.last = True, _Ready()
 
     @staticmethod
     def of(model, make=False):
@@ -113,6 +115,7 @@ class Entry:
         self.twin = module is not None and module is not site.module
         self.sets_bias = site.kind == "weight" and "b" in method.wants("weight")
         self.fast = (site.kind == "weight" and site.layout in ("linear", "conv1d") and method.has("fast") and not self.twin)
+        self.thin = self.fast and method.has("low_rank") and not isinstance(site.rows, torch.Tensor)
         self.fast_wants_weight = self.fast and bool({"W", "b"} & set(method.wants("fast")))
 
     @property
@@ -133,7 +136,8 @@ class Patch:
         self.host, self.module, self.entries = host, module, []
         self.inner = module.__dict__.get("forward")         # somebody else's instance forward is kept and called
         module.forward = self
-        self.slow, self.quick, self.attends = [], [], []
+        self.slow, self.quick, self.attends, self.thin = [], [], [], []
+        self.mates, self.ready = [], _Ready()
 
     def remove(self):
         if self.inner is None:
@@ -153,6 +157,9 @@ class Patch:
             if weights[-n].fast_wants_weight:               # it reads the weight so far: nothing fast may come before it
                 break
         self.slow, self.quick = weights[: len(weights) - n], weights[len(weights) - n:]
+        own = self.inner is None and (type(self.module).forward is nn.Linear.forward or n and weights[-1].site.layout == "conv1d")
+        self.thin = self.quick if own and all(e.thin for e in self.quick) else []
+        self.mates, self.ready = [], _Ready()
 
     def __call__(self, *args, **kwargs):
         if not self.attends:
@@ -175,6 +182,8 @@ class Patch:
         if not self.quick:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
+        if self.thin and y.is_contiguous() and not torch.compiler.is_compiling():
+            return self._thin(x, y)
         for e in self.quick:
             rows, have = e.site.rows, {"x": x, "p": e.p}
             if e.fast_wants_weight:
@@ -185,6 +194,37 @@ class Patch:
             else:
                 y = _put(y, rows, call(e.method, "fast", y=_take(y, rows), **have))
         return y
+
+    def _thin(self, x, y):
+        for (e, f), h in self._downs(x, y.dtype):
+            y = thin.up(y, h, f["B"].to(y.dtype), f.get("scale", 1.0), e.site.rows)
+        return y
+
+    def _downs(self, x, dtype):
+        """(entry, its factors), and its h = x Aᵀ. Modules that are called with one x after another (q, k, v) become mates: the
+        first of them makes every h in one product and leaves them ready. A mate that is then called with another x parts."""
+        ready, self.ready = self.ready, _Ready()
+        if ready.fits(x):
+            return ready.products
+        if ready.leader is not None and self in ready.leader.mates:
+            ready.leader.mates.remove(self)
+        mine = [(e, e.method.low_rank(e.p)) for e in self.thin]
+        drop = [f.get("dropout", 0.0) if e.state.training else 0.0 for e, f in mine]
+        if any(drop):                                       # each update drops its own inputs
+            return [((e, f), thin.down(x.to(dtype), [f["A"].to(dtype)], d)[0]) for (e, f), d in zip(mine, drop, strict=True)]
+        last = self.host.last
+        if last.fits(x) and last.leader is not self:
+            last.leader.mates.append(self)
+        else:
+            self.host.last = _Ready(x, self)
+        theirs = [[(e, e.method.low_rank(e.p)) for e in m.thin] for m in self.mates]
+        pairs = [*mine, *(pair for them in theirs for pair in them)]
+        h = list(thin.down(x.to(dtype), [f["A"].to(dtype) for _, f in pairs]))
+        made, at = list(zip(pairs, h, strict=True)), len(mine)
+        for m, them in zip(self.mates, theirs, strict=True):
+            m.ready = _Ready(x, self, made[at:at + len(them)])
+            at += len(them)
+        return made[:len(mine)]
 
     def tensors(self, param, entries):
         """The module's parameter `param` and its bias (None stays None unless a method sets one) after these entries."""
@@ -226,6 +266,21 @@ class Patch:
         with shadowed(m, new):
             y = self._base(*args, **kwargs)
         return y if extra is None else y + extra
+
+
+class _Ready:
+    """What was made of an input, for whoever is called with that very tensor next. A copy of a model starts without."""
+
+    def __init__(self, x=None, leader=None, products=()):
+        self.x, self.leader, self.products, self.grad = x is not None and weakref.ref(x), leader, products, torch.is_grad_enabled()
+
+    def fits(self, x):
+        return self.x and self.x() is x and self.grad == torch.is_grad_enabled()
+
+    def __deepcopy__(self, memo):
+        return _Ready()
+
+    __reduce__ = lambda self: (_Ready, ())
 
 
 @contextmanager

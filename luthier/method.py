@@ -7,6 +7,7 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it;
                              seen: the statistic of this site, or {site name: statistic} of the watched ones
     weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base is not needed
+    low_rank(p)              the same change as thin factors, dict(A=, B=, scale=, dropout=): W' = W + scale·B A; fast() follows
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
     stream(t, p)             change of a token stream, Tokens -> Tokens
     attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
@@ -27,9 +28,10 @@ import types
 import typing
 from pathlib import Path
 
+from . import thin
 from .errors import BadChain, UnknownName, nearest
 
-VERBS = ("observe", "init", "weight", "fast", "stream", "attend", "loss", "step", "produce")
+VERBS = ("observe", "init", "weight", "low_rank", "fast", "stream", "attend", "loss", "step", "produce")
 REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
 
 
@@ -56,6 +58,8 @@ class Method:
         return hasattr(cls, verb)
 
     def __init_subclass__(cls):
+        if hasattr(cls, "low_rank") and not hasattr(cls, "fast"):
+            cls.fast = _beside
         cls._wants = {v: tuple(n for n in inspect.signature(getattr(cls, v)).parameters if n != "self")
                       for v in VERBS if hasattr(cls, v)}
 
@@ -72,6 +76,10 @@ class Method:
     def discards(cls):
         """Whether the base weight is not needed once the state is there: derived from the signature, never declared."""
         return cls.has("weight") and "W" not in cls.wants("weight")
+
+
+def _beside(self, x, y, p):
+    return thin.plain(x, y, **self.low_rank(p), training=p.training)
 
 
 def call(method, verb, **have):

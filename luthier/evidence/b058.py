@@ -15,7 +15,7 @@ SYSTEM, METHODS, SEEDS, MINUTES = "B058", ("dare", "full"), (0, 1, 2), 15
 CLAIM = "Drop and rescale keeps a delta's mean; at p = 0.9 within 2 points where no rescaling collapses; merges at least as well"
 BASELINE = "the fine-tuned model itself; the same drop without rescaling; plain averaging of the same three models"
 MODEL, DATA = "minilm (22.7M)", "SST-2, TREC and AG News: 400 train and 300 test rows each"
-TASKS, STEPS, RATE, BODY, DROP = ("sst2", "trec", "ag_news"), 75, 3e-4, "all -head", 0.9
+TASKS, STEPS, RATE, BODY, DROP = ("sst2", "trec", "agnews"), 75, 3e-4, "all -head", 0.9
 ARMS = (("plain", "mean", 0.0), ("dare", "mean", DROP), ("dare_half", "mean", 0.5), ("plain", "sum", 0.0), ("dare", "sum", DROP))
 
 

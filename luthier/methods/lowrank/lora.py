@@ -5,8 +5,6 @@ and only where the update runs beside the layer (linear layouts); the weight its
 Two-step tuning (Clinical LLaMA-LoRA, arXiv:2307.03042) is `lora() >> lora()`: a domain update, then a task update on top.
 """
 
-from torch.nn.functional import dropout
-
 from luthier.method import Method, method
 
 
@@ -25,5 +23,5 @@ class lora(Method):
     def weight(self, W, p):                # (d_out, d_in)
         return W + self.alpha / self.rank * p.B @ p.A
 
-    def fast(self, x, y, p):               # x: (..., d_in) -> (..., d_out)
-        return y + self.alpha / self.rank * dropout(x, self.dropout, p.training) @ p.A.T @ p.B.T
+    def low_rank(self, p):
+        return dict(A=p.A, B=p.B, scale=self.alpha / self.rank, dropout=self.dropout)
