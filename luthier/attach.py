@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from .errors import BadOrder, DoesNotFit, LuthierError, NotMergeable, ScheduleNotStepped
 from .host import Entry, Host, Owner, fetch, place
 from .method import Chain, call, parse
+from .remat import lean
 from .site import find, sites
 from .state import State, follow
 
@@ -151,6 +152,7 @@ class Tuned(nn.Module):
         self.model, self.states = model, nn.ModuleDict()
         self.chain, self.notes, self.seed, self.k, self.total_steps = todo.chain, todo.notes, seed, 0, None
         self.stepped = self.forwards = 0
+        self.lean = True                                    # keep recipes, not what is cheap to make again: see luthier.remat
         self._plan, self._host, self._owner, self._merged, self._gone = todo, host, owner, [], False
         others = [p for o in host.owners for p in o.states.parameters()]
         self._frozen = [(p, p.requires_grad) for p in dict.fromkeys([*model.parameters(), *others])]
@@ -296,7 +298,9 @@ class Tuned(nn.Module):
             self.forwards += 1
         elif self.forwards >= PATIENCE:
             self._check_stepped()
-        out = self.model(*args, **kwargs)
+        keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling()
+        with nullcontext() if keep_all else lean():
+            out = self.model(*args, **kwargs)
         if self.training and getattr(out, "loss", None) is not None and any(m.has("loss") for m in self.chain):
             out["loss"] = out["loss"] + self.penalty(out)
         return out

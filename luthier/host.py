@@ -5,6 +5,7 @@ plain objects, so copy.deepcopy copies them with the model they serve, and takin
 """
 
 import weakref
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -178,29 +179,33 @@ class Patch:
         return self.inner(*args, **kwargs) if self.inner is not None else type(self.module).forward(self.module, *args, **kwargs)
 
     def _weights(self, *args, **kwargs):
+        if self.thin and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            return self._thin(args[0])
         y = self._slow(args, kwargs) if self.slow else self._base(*args, **kwargs)
         if not self.quick:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.thin and y.is_contiguous() and not torch.compiler.is_compiling():
-            return self._thin(x, y)
         for e in self.quick:
-            rows, have = e.site.rows, {"x": x, "p": e.p}
-            if e.fast_wants_weight:
-                P, b = self.tensors(e.param, self.slow)
-                have |= {"W": e.site.read(P), "b": None if b is None else e.site.read_b(b)}
+            rows, have = e.site.rows, dict(zip(("W", "b"), self._so_far(e), strict=True)) | {"x": x, "p": e.p}
             if rows is None:
                 y = call(e.method, "fast", y=y, **have)
             else:
                 y = _put(y, rows, call(e.method, "fast", y=_take(y, rows), **have))
         return y
 
-    def _thin(self, x, y):
-        for (e, f), h in self._downs(x, y.dtype):
-            y = thin.up(y, h, f["B"].to(y.dtype), f.get("scale", 1.0), e.site.rows)
-        return y
+    def _thin(self, x):
+        """The layer on x as rows, and its thin updates added to what it has just made."""
+        rows, e = x.reshape(-1, x.shape[-1]), self.thin[0]
+        P, b = self.tensors(e.param, self.slow)
+        y = F.linear(rows, P, b) if e.site.layout == "linear" else torch.addmm(b, rows, P)
+        kept = False
+        for (e, f), h in self._downs(x, rows, y.dtype):
+            f = {k: v.to(y.dtype) if isinstance(v, torch.Tensor) else v for k, v in f.items() if k not in ("A", "dropout")}
+            y = thin.up(y.clone() if kept else y, h, **f, rows=e.site.rows)
+            kept = "gain" in f                              # its gradient is read off y
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _downs(self, x, dtype):
+    def _downs(self, x, rows, dtype):
         """(entry, its factors), and its h = x Aᵀ. Modules that are called with one x after another (q, k, v) become mates: the
         first of them makes every h in one product and leaves them ready. A mate that is then called with another x parts."""
         ready, self.ready = self.ready, _Ready()
@@ -208,23 +213,34 @@ class Patch:
             return ready.products
         if ready.leader is not None and self in ready.leader.mates:
             ready.leader.mates.remove(self)
-        mine = [(e, e.method.low_rank(e.p)) for e in self.thin]
-        drop = [f.get("dropout", 0.0) if e.state.training else 0.0 for e, f in mine]
-        if any(drop):                                       # each update drops its own inputs
-            return [((e, f), thin.down(x.to(dtype), [f["A"].to(dtype)], d)[0]) for (e, f), d in zip(mine, drop, strict=True)]
+        groups = {m: m._factors() for m in [self, *self.mates]}
+        kinds = defaultdict(list)                           # those with a dropout of their own are made on their own
+        for e, f in (pair for pairs in groups.values() for pair in pairs):
+            kinds[f.get("dropout", 0.0) if e.state.training else 0.0].append((e, f))
+        made = {}
+        for p, pairs in kinds.items():
+            products = thin.down(rows.to(dtype), [f["A"].to(dtype) for _, f in pairs], p)
+            made |= {e: ((e, f), h) for (e, f), h in zip(pairs, products, strict=True)}
+        for m in self.mates:
+            m.ready = _Ready(x, self, [made[e] for e, _ in groups[m]])
         last = self.host.last
         if last.fits(x) and last.leader is not self:
             last.leader.mates.append(self)
         else:
             self.host.last = _Ready(x, self)
-        theirs = [[(e, e.method.low_rank(e.p)) for e in m.thin] for m in self.mates]
-        pairs = [*mine, *(pair for them in theirs for pair in them)]
-        h = list(thin.down(x.to(dtype), [f["A"].to(dtype) for _, f in pairs]))
-        made, at = list(zip(pairs, h, strict=True)), len(mine)
-        for m, them in zip(self.mates, theirs, strict=True):
-            m.ready = _Ready(x, self, made[at:at + len(them)])
-            at += len(them)
-        return made[:len(mine)]
+        return [made[e] for e, _ in groups[self]]
+
+    def _factors(self):
+        """(entry, what its low_rank says and the bias that a gain leaves out) of every thin entry."""
+        return [(e, call(e.method, "low_rank", p=e.p, W=W) | ({} if W is None else {"b": b}))
+                for e in self.thin for W, b in [self._so_far(e)]]
+
+    def _so_far(self, e):
+        """The weight and bias that an entry's fast verb is to change, (None, None) where it does not ask for them."""
+        if not e.fast_wants_weight:
+            return None, None
+        P, b = self.tensors(e.param, self.slow)
+        return e.site.read(P), None if b is None else e.site.read_b(b)
 
     def tensors(self, param, entries):
         """The module's parameter `param` and its bias (None stays None unless a method sets one) after these entries."""

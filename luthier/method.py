@@ -7,7 +7,8 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it;
                              seen: the statistic of this site, or {site name: statistic} of the watched ones
     weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base is not needed
-    low_rank(p)              the same change as thin factors, dict(A=, B=, scale=, dropout=): W' = W + scale·B A; fast() follows
+    low_rank(p[, W])         the same change as thin factors, dict(A=, B=, scale=, dropout=, gain=): W' = gain ⊙ (W + scale·B A),
+                             gain: (d_out,), the rest but A and B optional; fast() follows from it
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
     stream(t, p)             change of a token stream, Tokens -> Tokens
     attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
@@ -59,7 +60,7 @@ class Method:
 
     def __init_subclass__(cls):
         if hasattr(cls, "low_rank") and not hasattr(cls, "fast"):
-            cls.fast = _beside
+            cls.fast = _beside_weight if "W" in inspect.signature(cls.low_rank).parameters else _beside
         cls._wants = {v: tuple(n for n in inspect.signature(getattr(cls, v)).parameters if n != "self")
                       for v in VERBS if hasattr(cls, v)}
 
@@ -80,6 +81,10 @@ class Method:
 
 def _beside(self, x, y, p):
     return thin.plain(x, y, **self.low_rank(p), training=p.training)
+
+
+def _beside_weight(self, x, y, p, W, b):
+    return thin.plain(x, y, **self.low_rank(p, W), b=b, training=p.training)
 
 
 def call(method, verb, **have):

@@ -260,7 +260,8 @@ def _match(every, word):
     tower, rest = (tower, rest) if tower in every.towers and rest else (None, word)
     here = [s for s in every if tower in (None, s.tower)]
     if rest in GROUPS:
-        return {s for s in here if s.kind == "weight" and GROUPS[rest](s)}
+        flat = all(s.block is None for s in every)          # a model without blocks: all of it but the head counts as one
+        return {s for s in here if s.kind == "weight" and GROUPS[rest](replace(s, block=0) if flat and s.role != "head" else s)}
     wanted = [rest.split("."), ["block", "*", *rest.split(".")]]
     return {s for s in here for w in wanted if _same(w, s)}
 

@@ -1,91 +1,100 @@
 """A thin update beside a layer, with no pass over a tall tensor that the arithmetic does not need.
 
-    h = x Aᵀ,   y ← y + s h Bᵀ          x: (..., d_in), A: (r, d_in), B: (d_out, r), y: (..., d_out)
+    h = x Aᵀ,   y ← y + s h Bᵀ          x: (N, d_in), A: (r, d_in), B: (d_out, r), y: (N, d_out)
+    with a gain c: (d_out,) of the new weight, and the bias b left out of it:     y ← c (y - b + s h Bᵀ) + b
 
 Several updates that are given the same x (q, k and v; gate and up) make their h in one product, keep one x, and give x its gradient
-in one product. y, which the layer has just made, is added to in place. Dropout keeps a seed, not a mask.
+in one product. y, which the layer has just made, is added to in place. Dropout acts on the x they share, as in the authors' merged
+layers, and keeps a seed, not a mask.
 """
 
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as dropped
+from torch.nn.functional import pad
 
 
-def plain(x, y, A, B, scale=1.0, dropout=0.0, training=False):
-    """The formula itself: what torch.compile, vmap and second derivatives see."""
-    return y + dropped(x, dropout, training) @ A.T @ (scale * B).T
+def plain(x, y, A, B, scale=1.0, dropout=0.0, gain=None, b=None, training=False):
+    """The formula itself, for any leading shape: what torch.compile and vmap see."""
+    change = dropped(x, dropout, training) @ A.T @ (scale * B).T
+    if gain is None:
+        return y + change
+    return y + (gain - 1) * (y if b is None else y - b) + gain * change                 # a gain of 1 changes no bit
 
 
 def down(x, As, dropout=0.0):
     """h of each A: (N, r)."""
-    if torch.is_grad_enabled():
-        return _Down.apply(x, dropout, *As)
-    rows, A = x.reshape(-1, x.shape[-1]), As[0] if len(As) == 1 else torch.cat(As)
-    return (_mask(rows, _seed(), dropout) if dropout else rows).matmul(A.T).split([len(A) for A in As], 1)
+    A = As[0] if len(As) == 1 else torch.cat(As)
+    h = _Dropped.apply(x, A, dropout, _seed()) if dropout else x @ A.T
+    return (h,) if len(As) == 1 else h.split([len(A) for A in As], 1)
 
 
-def up(y, h, B, scale, rows):
-    """y with s h Bᵀ added, in place, to its columns `rows` (all where None)."""
-    if torch.is_grad_enabled():
-        return _Up.apply(y, h, B, scale, rows)
-    _columns(y.view(-1, y.shape[-1]), rows).addmm_(h, B.T, alpha=scale)
-    return y
-
-
-def _columns(y, rows):
-    return y if rows is None else y[:, rows[0]:rows[1]]
+def up(y, h, B, scale=1.0, rows=None, gain=None, b=None):
+    """y with s h Bᵀ added, in place, to its columns `rows` (all where None); with a gain, y is kept and must stay as it is."""
+    Bt = B.T if rows is None else pad(B.T, (rows[0], y.shape[1] - rows[1]))
+    if gain is None:                                        # a thin product is quick with its long side along memory
+        return y.addmm_(h, Bt.contiguous() if torch.is_grad_enabled() else Bt, alpha=scale)
+    if rows is not None:
+        gain = pad(gain, (rows[0], y.shape[1] - rows[1]), value=1.0)
+        b = None if b is None else pad(b, (rows[0], y.shape[1] - rows[1]))
+    return _Gained.apply(y, h, Bt, scale, gain, b)
 
 
 def _seed():
     return int(torch.empty((), dtype=torch.int64).random_())                # from torch's generator: checkpointing replays it
 
 
-def _mask(x, seed, p):
-    keep = torch.empty_like(x).bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
-    return keep.mul_(x).div_(1 - p) if p < 1 else keep
+def _drop(x, p, seed):
+    """x with a share p of its numbers 0 and the others grown to make up for it, decided by 16 random bits each."""
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits.random_(-2**63, None, generator=torch.Generator(x.device).manual_seed(seed))
+    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
+    return torch.where(keep, x, 0).mul_(1 / (1 - p) if p < 1 else 0)
 
 
-class _Down(Function):
+class _Dropped(Function):
     @staticmethod
-    def forward(ctx, x, p, *As):
-        rows, A = x.reshape(-1, x.shape[-1]), As[0] if len(As) == 1 else torch.cat(As)
-        ctx.save_for_backward(x, *As)
-        ctx.p, ctx.seed = p, _seed() if p else 0
-        return (_mask(rows, ctx.seed, p) if p else rows).matmul(A.T).split([len(A) for A in As], 1)
+    def forward(ctx, x, A, p, seed):
+        ctx.save_for_backward(x, A)
+        ctx.how = p, seed
+        return _drop(x, p, seed) @ A.T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gs):
-        x, *As = ctx.saved_tensors
-        n, sizes = len(x.reshape(-1, x.shape[-1])), [len(A) for A in As]
-        gs = [x.new_zeros(n, r) if g is None else g for g, r in zip(gs, sizes, strict=True)]
-        g, gx, gA = gs[0] if len(gs) == 1 else torch.cat(gs, 1), None, [None] * len(As)
-        if any(ctx.needs_input_grad[2:]):
-            rows = x.reshape(n, -1)
-            gA = (g.T @ (_mask(rows, ctx.seed, ctx.p) if ctx.p else rows)).split(sizes)
+    def backward(ctx, g):
+        (x, A), gx, gA = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[1]:
+            gA = g.T @ _drop(x, *ctx.how)
         if ctx.needs_input_grad[0]:
-            gx = (g @ (As[0] if len(As) == 1 else torch.cat(As))).view_as(x)
-            gx = _mask(gx.view(n, -1), ctx.seed, ctx.p).view_as(x) if ctx.p else gx
-        return gx, None, *gA
+            gx = _drop(g @ A, *ctx.how)
+        return gx, gA, None, None
 
 
-class _Up(Function):
+class _Gained(Function):
     @staticmethod
-    def forward(ctx, y, h, B, scale, rows):
-        _columns(y.view(-1, y.shape[-1]), rows).addmm_(h, B.T, alpha=scale)
+    def forward(ctx, y, h, Bt, scale, gain, b):
+        y.mul_(gain)
+        if b is not None:
+            y.add_(b * (1 - gain))                          # a gain of 1 changes no bit
+        y.addmm_(h, gain * Bt, alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(h, B)
-        ctx.scale, ctx.rows = scale, rows
+        ctx.save_for_backward(y, h, Bt, gain, b)
+        ctx.scale = scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (h, B), gh, gB = ctx.saved_tensors, None, None
-        rows = _columns(g.reshape(-1, g.shape[-1]), ctx.rows)
+        y, h, Bt, gain, b = ctx.saved_tensors
+        gy = gh = gB = gc = None
+        if ctx.needs_input_grad[0]:
+            gy = g * gain
         if ctx.needs_input_grad[1]:
-            gh = rows @ (ctx.scale * B).T.contiguous().T                    # thin products are quick with their long side along memory
+            gh = g @ (ctx.scale * gain * Bt).contiguous().T
         if ctx.needs_input_grad[2]:
-            gB = (h.T @ rows).mul_(ctx.scale).T
-        return g, gh, gB, None, None
+            gB = (h.T @ g).mul_(ctx.scale * gain)
+        if ctx.needs_input_grad[4]:                         # wants y before the gain: read off the one after it
+            after = (g * y).sum(0) if b is None else (g * y).sum(0) - b * g.sum(0)
+            gc = torch.where(gain == 0, 0, after / gain)
+        return gy, gh, gB, None, gc, None

@@ -26,11 +26,10 @@ class dora(Method):
         V = self._direction(W, p.A, p.B)
         return self._scale(V, p) * V
 
-    def fast(self, x, y, p, W, b):         # y = x Wᵀ + b; the bias is no part of the direction
+    def low_rank(self, p, W):
         with torch.no_grad():
             V = self._direction(W, p.A, p.B)
-        scale = self._scale(V, p)[:, 0]    # 1 at init, to the bit
-        return y + (scale - 1) * (y if b is None else y - b) + scale * (self.alpha / self.rank * x @ p.A.T @ p.B.T)
+        return dict(A=p.A, B=p.B, scale=self.alpha / self.rank, gain=self._scale(V, p)[:, 0])      # 1 at init, to the bit
 
     def _direction(self, W, A, B):         # V: (d_out, d_in)
         return W + self.alpha / self.rank * B @ A
