@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_flop_count
 
 from .errors import BadData, DoesNotFit, LuthierError, UnknownName, nearest
 from .save import stored_bytes
@@ -111,10 +111,14 @@ def _flash(q, k, v, *rest, out_shape=None, **kw):                        # torch
     return sdpa_flop_count(q, k, v)
 
 
+def _added(y, a, b, *rest, out_shape=None, **kw):                        # torch counts addmm, not the one in place
+    return addmm_flop(y, a, b)
+
+
 def flops(fn):
     """Floating-point operations of `fn()`, as torch counts them: matrix products, convolutions and attention."""
-    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash}
-    with FlopCounterMode(display=False, custom_mapping=cpu) as counter, torch.no_grad():
+    more = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash, torch.ops.aten.addmm_: _added}
+    with FlopCounterMode(display=False, custom_mapping=more) as counter, torch.no_grad():
         fn()
     return counter.get_total_flops()
 
