@@ -177,13 +177,20 @@ def same_from_seed(c):
 
 @check
 def fast_equals_weight(c):
-    """`fast` computes what `weight` specifies."""
+    """`fast` computes what `weight` specifies, gradients too."""
     if not c.has("fast"):
         return "no fast verb"
-    tuned = c.attach()
-    quick = run(tuned, c.batch)
-    tuned.fast = False
-    c.close(quick, run(tuned, c.batch), "fast and weight differ")
+    tuned, outs, grads = c.attach(), [], []
+    for tuned.fast in (True, False):
+        outs.append(run(tuned, c.batch))
+        wanted = [p for _, p in tuned.trainable()]
+        if wanted and c.dtype == torch.float32:
+            found = torch.autograd.grad(loss(tuned, c.batch), wanted, allow_unused=True)
+            grads.append(torch.cat([p.new_zeros(p.numel()) if g is None else g.flatten()
+                                    for p, g in zip(wanted, found, strict=True)]))
+    c.close(*outs, "fast and weight differ")
+    if grads:
+        c.close(*grads, "gradients of fast and weight differ")
 
 
 @check

@@ -30,7 +30,7 @@ class Host:
         self.model, self.owners, self.context = model, [], {}
         self.patches, self.ports, self.stacks, self.towers = {}, {}, {}, []
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
-        self.fast, self.last = True, _Ready()
+        self.fast = True
 
     @staticmethod
     def of(model, make=False):
@@ -91,6 +91,13 @@ class Host:
         """After anything was added, removed or switched: who acts now."""
         for place in [*self.patches.values(), *self.ports.values()]:
             place.refresh()
+        groups = defaultdict(list)
+        for patch in self.patches.values():
+            if patch.thin and (family := patch.thin[0].site.family):
+                groups[family].append(patch)
+        for group in groups.values():
+            for patch in group:
+                patch.mates = [m for m in group if m is not patch]
         for s in self.stacks.values():
             s.inserted = None
 
@@ -118,6 +125,7 @@ class Entry:
         self.fast = (site.kind == "weight" and site.layout in ("linear", "conv1d") and method.has("fast") and not self.twin)
         self.thin = self.fast and method.has("low_rank") and not isinstance(site.rows, torch.Tensor)
         self.fast_wants_weight = self.fast and bool({"W", "b"} & set(method.wants("fast")))
+        self.plain = self.thin and site.rows is None and not (self.fast_wants_weight or method.has("produce"))
 
     @property
     def p(self):
@@ -138,7 +146,7 @@ class Patch:
         self.inner = module.__dict__.get("forward")         # somebody else's instance forward is kept and called
         module.forward = self
         self.slow, self.quick, self.attends, self.thin = [], [], [], []
-        self.mates, self.ready = [], _Ready()
+        self.mates, self.ready, self.lone = [], _Ready(), False
 
     def remove(self):
         if self.inner is None:
@@ -161,6 +169,7 @@ class Patch:
         own = self.inner is None and (type(self.module).forward is nn.Linear.forward or n and weights[-1].site.layout == "conv1d")
         self.thin = self.quick if own and all(e.thin for e in self.quick) else []
         self.mates, self.ready = [], _Ready()
+        self.lone = len(self.thin) == 1 and self.thin[0].plain
 
     def __call__(self, *args, **kwargs):
         if not self.attends:
@@ -195,9 +204,13 @@ class Patch:
 
     def _thin(self, x):
         """The layer on x as rows, and its thin updates added to what it has just made."""
-        rows, e = x.reshape(-1, x.shape[-1]), self.thin[0]
-        P, b = self.tensors(e.param, self.slow)
+        rows, e, own = x.reshape(-1, x.shape[-1]), self.thin[0], self.module._parameters
+        P, b = self.tensors(e.param, self.slow) if self.slow else (own["weight"], own["bias"])
         y = F.linear(rows, P, b) if e.site.layout == "linear" else torch.addmm(b, rows, P)
+        if self.lone and not torch.is_grad_enabled() and not e.state.training:      # a token at a time must be quick
+            f = e.method.low_rank(e.state)
+            A, B = f["A"].to(y.dtype), f["B"].to(y.dtype)
+            return y.addmm_(F.linear(rows, A), B.T, alpha=f.get("scale", 1.0)).view(*x.shape[:-1], y.shape[-1])
         kept = False
         for (e, f), h in self._downs(x, rows, y.dtype):
             f = {k: v.to(y.dtype) if isinstance(v, torch.Tensor) else v for k, v in f.items() if k not in ("A", "dropout")}
@@ -206,13 +219,11 @@ class Patch:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _downs(self, x, rows, dtype):
-        """(entry, its factors), and its h = x Aᵀ. Modules that are called with one x after another (q, k, v) become mates: the
-        first of them makes every h in one product and leaves them ready. A mate that is then called with another x parts."""
+        """(entry, its factors), and its h = x Aᵀ. Of mates (q, k and v; gate and up) the first that is called with an x makes
+        every h in one product and leaves the others ready for that very x."""
         ready, self.ready = self.ready, _Ready()
         if ready.fits(x):
             return ready.products
-        if ready.leader is not None and self in ready.leader.mates:
-            ready.leader.mates.remove(self)
         groups = {m: m._factors() for m in [self, *self.mates]}
         kinds = defaultdict(list)                           # those with a dropout of their own are made on their own
         for e, f in (pair for pairs in groups.values() for pair in pairs):
@@ -222,12 +233,7 @@ class Patch:
             products = thin.down(rows.to(dtype), [f["A"].to(dtype) for _, f in pairs], p)
             made |= {e: ((e, f), h) for (e, f), h in zip(pairs, products, strict=True)}
         for m in self.mates:
-            m.ready = _Ready(x, self, [made[e] for e, _ in groups[m]])
-        last = self.host.last
-        if last.fits(x) and last.leader is not self:
-            last.leader.mates.append(self)
-        else:
-            self.host.last = _Ready(x, self)
+            m.ready = _Ready(x, [made[e] for e, _ in groups[m]])
         return [made[e] for e, _ in groups[self]]
 
     def _factors(self):
@@ -287,8 +293,8 @@ class Patch:
 class _Ready:
     """What was made of an input, for whoever is called with that very tensor next. A copy of a model starts without."""
 
-    def __init__(self, x=None, leader=None, products=()):
-        self.x, self.leader, self.products, self.grad = x is not None and weakref.ref(x), leader, products, torch.is_grad_enabled()
+    def __init__(self, x=None, products=()):
+        self.x, self.products, self.grad = x is not None and weakref.ref(x), products, torch.is_grad_enabled()
 
     def fits(self, x):
         return self.x and self.x() is x and self.grad == torch.is_grad_enabled()

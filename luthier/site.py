@@ -119,6 +119,13 @@ class Site:
         """The sites of the same block: "attn.q" -> Site."""
         return self.mates
 
+    @property
+    def family(self):
+        """A key that sites have in common which are given one input: q, k and v (q of a cross attention alone), gate and up."""
+        group, _, last = self.role.rpartition(".")
+        kind = {"q": "attention", "k": "attention", "v": "attention", "gate": "neurons", "up": "neurons"}.get(last)
+        return None if kind is None or last == "q" and group.startswith("cross") else (self.tower, self.block, group, kind)
+
     # ---- state for init
     @property
     def like(self):
