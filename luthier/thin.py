@@ -26,7 +26,7 @@ def plain(x, y, A, B, scale=1.0, dropout=0.0, gain=None, b=None, training=False)
 def down(x, As, dropout=0.0):
     """h of each A: (N, r)."""
     A = As[0] if len(As) == 1 else torch.cat(As)
-    h = _Dropped.apply(x, A, dropout, _seed()) if dropout else x @ A.T
+    h = _Dropped.apply(x.contiguous(), A, dropout, _seed()) if dropout else x @ A.T
     return (h,) if len(As) == 1 else h.split([len(A) for A in As], 1)
 
 
@@ -46,28 +46,28 @@ def _seed():
 
 
 def _drop(x, p, seed):
-    """x with a share p of its numbers 0 and the others grown to make up for it, decided by 16 random bits each."""
+    """x with a share p of its numbers 0, decided by 16 random bits each."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits.random_(-2**63, None, generator=torch.Generator(x.device).manual_seed(seed))
-    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return torch.where(keep, x, 0).mul_(1 / (1 - p) if p < 1 else 0)
+    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
+    return torch.ge(bits, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(x)).mul_(x)
 
 
 class _Dropped(Function):
     @staticmethod
     def forward(ctx, x, A, p, seed):
         ctx.save_for_backward(x, A)
-        ctx.how = p, seed
-        return _drop(x, p, seed) @ A.T
+        ctx.how, ctx.grown = (p, seed), 1 / (1 - p) if p < 1 else 0.0       # those that stay make up for the others
+        return _drop(x, p, seed) @ (ctx.grown * A).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         (x, A), gx, gA = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[1]:
-            gA = g.T @ _drop(x, *ctx.how)
+            gA = (g.T @ _drop(x, *ctx.how)).mul_(ctx.grown)
         if ctx.needs_input_grad[0]:
-            gx = _drop(g @ A, *ctx.how)
+            gx = _drop(g @ (ctx.grown * A), *ctx.how)
         return gx, gA, None, None
 
 

@@ -1,0 +1,66 @@
+"""Every benchmark in one run: `python -m benchmarks [NAME ...]`, or `make bench`.
+
+Contenders take turns in one process; every figure that is judged is a ratio from one run. Writes results/NAME.json, and
+docs/benchmarks.md from all the results there are. On a CUDA machine the training sizes run there too.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from . import inference, training, weights
+
+HERE = Path(__file__).parent
+ALL = {"step": training.step, "activations": training.activations, "ladder": training.ladder, "unmerged": inference.unmerged,
+       "attaching": inference.attaching, "tokens": inference.merged_tokens, "gptq": weights.quantise, "merge": weights.merge}
+
+
+def machine():
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine(), "torch": torch.__version__,
+            "bf16 products": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "peft": version("peft")}
+
+
+def page(results):
+    """docs/benchmarks.md as text, from the stored results and nothing else."""
+    lines = ["# Benchmarks", "", "`make bench` runs them all again. Every figure is a ratio of two contenders that took turns in one "
+             "process (or a count of bytes); the spread is between quartiles. Made by `python -m benchmarks`; not edited by hand.", ""]
+    for name, r in sorted(results.items()):
+        m = r["machine"]
+        lines += [f"## {name}", "", f"{m['cores']} cores, {m['threads']} threads, {m['device']}, torch {m['torch']}, "
+                  f"peft {m['peft']}.", "", "| what | Luthier | quartiles | peer | must be at most | |", "|---|---|---|---|---|---|"]
+        for x in r["rows"]:
+            spread = f"{x['low']:.3g} to {x['high']:.3g}" if x["low"] is not None else ""
+            peer = "" if x["peer"] is None else f"{x['peer']:.3g}"
+            lines.append(f"| {x['what']} | {x['ours']:.3g} | {spread} | {peer} | {x['bound']:.3g} | "
+                         f"{'reached' if x['reached'] else 'not reached'} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def stored():
+    return {p.stem: json.loads(p.read_text("utf-8")) for p in sorted((HERE / "results").glob("*.json"))}
+
+
+def main(names):
+    for name in names or ALL:
+        if name not in ALL:
+            sys.exit(f"No benchmark is called {name!r}. There are: {', '.join(ALL)}.")
+        start = time.perf_counter()
+        rows = ALL[name]()
+        record = {"name": name, "machine": machine(), "seconds": round(time.perf_counter() - start, 1), "rows": rows}
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1, default=float) + "\n", "utf-8")
+        for r in rows:
+            print(f"{'ok  ' if r['reached'] else 'MISS'} {r['ours']:8.3f} (at most {r['bound']:.3f}, peer "
+                  f"{'-' if r['peer'] is None else format(r['peer'], '.3f')})  {r['what']}", flush=True)
+    (HERE.parent / "docs" / "benchmarks.md").write_text(page(stored()), "utf-8")
+
+
+main(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""A training step over the frozen model's own, what autograd keeps, and the peak of a step."""
+
+import copy
+
+import torch
+
+import luthier
+from luthier import cost
+
+from .common import PEER_LINEARS, clock, ids, llama, row, timed
+
+LIMIT = "the frozen model's forward pass and its gradient to the embeddings"
+
+
+def _ours(base, chain):
+    return luthier.attach(copy.deepcopy(base), chain).train()
+
+
+def _peer(base, **options):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=PEER_LINEARS, **options)).train()
+
+
+def _step(model, batch):
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step():
+        model(input_ids=batch, labels=batch).loss.backward()
+        for p in trained:
+            p.grad = None
+    return step
+
+
+def _limit(base, batch):
+    x = base.get_input_embeddings()(batch).detach().requires_grad_(True)
+
+    def step():
+        base(inputs_embeds=x, labels=batch).loss.backward()
+        x.grad = None
+    return step
+
+
+def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch.float32):
+    """Time of a step with LoRA on all linears over the frozen limit; dropout 0 and 0.05; with and without recipes."""
+    base, batch, found = llama(width, layers, dtype=dtype).requires_grad_(False).train(), ids(rows, tokens), []
+    size = f"LoRA r{rank}, Llama {width} x {layers}, {rows} x {tokens}, {str(dtype).removeprefix('torch.')}"
+    for dropout in (0.0, 0.05):
+        ours = _ours(base, f"lora(rank={rank}, at='linear -head', dropout={dropout})")
+        kept = _ours(base, f"lora(rank={rank}, at='linear -head', dropout={dropout})")
+        kept.lean = False
+        fns = {"limit": _limit(base, batch), "luthier": _step(ours, batch), "all kept": _step(kept, batch),
+               "peft": _step(_peer(base, r=rank, lora_dropout=dropout), batch)}
+        times = clock(fns, rounds)
+        peer = timed("", times, "peft", "limit", 0)["ours"]
+        bound = 1.10 if not dropout and dtype == torch.float32 else 1 + (peer - 1) / 2
+        found.append(timed(f"step over the frozen limit: {size}" + f", dropout {dropout}" * bool(dropout), times, "luthier", "limit",
+                           bound, "peft", all_kept=timed("", times, "all kept", "limit", 0)["ours"], limit=LIMIT))
+    return found
+
+
+def activations(width=256, layers=4, rows=4, tokens=128, rank=8):
+    """Bytes that autograd keeps for a step, over full tuning's in plain PyTorch."""
+    base, batch = llama(width, layers, vocab=400), ids(rows, tokens, 400)
+
+    def kept(model):
+        held = [*model.parameters(), *model.buffers(), batch]
+        return cost.saved(lambda: model.train()(input_ids=batch, labels=batch).loss, held)
+
+    full, found = kept(copy.deepcopy(base).requires_grad_(True)), []
+    at = "at='linear -head'"
+    for what, chain, bound, peer in (
+            ("LoRA", f"lora(rank={rank}, {at})", 0.65, dict(r=rank)),
+            ("LoRA, dropout 0.05", f"lora(rank={rank}, {at}, dropout=0.05)", 0.67, dict(r=rank, lora_dropout=0.05)),
+            ("DoRA", f"dora(rank={rank}, {at})", 0.75, dict(r=rank, use_dora=True))):
+        found.append(row(f"kept activations over full tuning: {what} r{rank}, {width} x {layers}", kept(_ours(base, chain)) / full,
+                         bound, kept(_peer(base, **peer)) / full, bytes_full=full))
+    return found
+
+
+def ladder(width=512, layers=6, rows=16, tokens=128):
+    """Peak memory of a whole training step (weights, gradients, AdamW, activations) of `ladder` over full tuning and LoRA."""
+    base, batch = llama(width, layers, vocab=400), ids(rows, tokens, 400)
+
+    def peak(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+        def step():
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        step()
+        state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        return cost.peak(step, [*model.parameters(), *model.buffers(), batch, *state])
+
+    side, lora = peak(_ours(base, "ladder()")), peak(_ours(base, "lora(at='linear -head')"))
+    full = peak(copy.deepcopy(base).requires_grad_(True).train())
+    size = f"Llama {width} x {layers}, {rows} x {tokens}"
+    return [row(f"peak memory of a step, ladder over full tuning: {size}", side / full, 0.31, bytes=dict(ladder=side, full=full)),
+            row(f"peak memory of a step, ladder over LoRA: {size}", side / lora, 0.5, bytes=dict(ladder=side, lora=lora))]
