@@ -19,6 +19,7 @@ def example(model, folder):                # a mask token is a parameter that on
 @method
 class full(Method):
     at: str = "all"
+    peft = dict(copies=dict(weight="W", bias="b"))
     example = staticmethod(example)
 
     def init(self, site, seen):

@@ -13,6 +13,7 @@ from luthier.method import Method, method
 @method
 class probe(Method):
     at: str = "head"
+    peft = dict(copies=dict(weight="W", bias="b"))
 
     def init(self, site, seen):
         own = {"W": site.W, "b": site.b}

@@ -15,6 +15,11 @@ class dora(Method):
     at: str = "attn.q attn.v"
     rank: int = 8
     alpha: float = 16.0                    # the update is scaled by alpha / rank
+    peft = dict(type="LORA", when=dict(use_dora=True), layers="linear conv1d",
+                tensors={"lora_A.weight": "A: r in", "lora_B.weight": "B: out r", "lora_magnitude_vector": "m: out 1 -> out"},
+                rest=dict(m=lambda W: W.norm(dim=1, keepdim=True)), fields=dict(r="rank"), factor=("alpha", "rank"),
+                scale=("lora_alpha", "r", 0), patterns="number",
+                rounds="to rounding: peft adds (m/norm - 1) y and the update to each other before it adds them to y")
 
     def init(self, site):                  # trains rank * (d_in + d_out) + d_out
         A, B = site.normal(self.rank, site.d_in, std=site.d_in**-0.5), site.zeros(site.d_out, self.rank)

@@ -7,7 +7,34 @@ n = ⌈d/r⌉: B_j: (D, r) and A: (r, d) are random with unit standard deviation
 column of A that is all zero is a feature that cannot change.
 """
 
+from luthier.errors import DoesNotFit
 from luthier.method import Method, method
+
+
+def write(p, site, config):                # peft pairs column j r + i of B with row i n + j of A (fixed by its flattening)
+    return dict(randlora_lambda=p.L.detach().T, randlora_gamma=p.G.detach())
+
+
+def common(parts):
+    (_, first, site), n = parts[0], {tuple(p.G.shape) for _, p, _ in parts}
+    if len({tuple(sorted((s.d_out, s.d_in))) for _, _, s in parts}) > 1 or len(n) > 1:
+        raise DoesNotFit("randlora has bases of their own for each shape of weight, peft one pair of which smaller shapes take a "
+                         "corner. Export one shape at a time, as with randlora(at=\"attn.q\").")
+    n, r = first.L.shape
+    B = first.B.view(-1, n, r).mT.reshape(-1, n, r)
+    return dict(randlora_A=first.A[:, None], randlora_B=B)
+
+
+def read(t, site, config):
+    d, D = sorted((site.d_out, site.d_in))
+    r, n = t["randlora_lambda"].shape
+    if r != config["r"] or r > d or n != -(-d // r):
+        raise ValueError(f"rank {r} with {n} bases at a weight of {site.d_out} x {site.d_in}")
+    if "randlora_A" not in t or "randlora_B" not in t:
+        raise KeyError("the random bases are not in the file: save it again in peft with save_projection=True")
+    B = t["randlora_B"][:D, :n].reshape(D, r, n).mT.reshape(D, n * r)
+    state = dict(L=t["randlora_lambda"].T.contiguous(), G=t["randlora_gamma"], A=t["randlora_A"][:, 0, :d].contiguous(), B=B)
+    return state, dict(rank=r, scale=config["randlora_alpha"] / r)
 
 
 @method
@@ -16,6 +43,11 @@ class randlora(Method):
     rank: int = 32
     scale: float = 20.0                    # c; peft calls it alpha / rank
     ternary: bool = False
+    stored: bool = False                   # keep the bases in the file: those of another tool cannot be drawn again
+    peft = dict(type="RANDLORA", layers="linear conv1d", names=("randlora_lambda", "randlora_gamma"), write=write, read=read,
+                shared=("randlora_A", "randlora_B"), common=common, given=dict(stored=True), fields=dict(r="rank"),
+                factor=("scale",), scale=("randlora_alpha", "r", 0), settings=dict(save_projection=True),
+                rounds="to rounding: peft multiplies x by the two factors in turn, randlora builds the weight's change first")
 
     def init(self, site):                  # trains n * (rank + d)
         d, D = sorted((site.d_out, site.d_in))
@@ -36,4 +68,4 @@ class randlora(Method):
         base = site.random(rows, cols)
         if self.ternary:
             base = 3**0.5 * base.sign() * (base.abs() > 0.967422)                   # P(|N(0, 1)| > 0.967422) = 1/3
-        return site.fixed(base)
+        return base if self.stored else site.fixed(base)

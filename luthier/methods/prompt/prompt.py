@@ -9,6 +9,20 @@ from torch import nn
 from luthier.method import Method, method
 
 
+def why(site):
+    """Why peft's prompt, in front of the word embeddings, is not this one; "" where it is."""
+    if site.stack.embed != "ids" or site.stack.fixed:
+        return ("peft puts a prompt in front of [CLS] and before positions and the norm are added, prompt behind [CLS] and after "
+                "them: no setting of one is the other.")
+    return "" if site.tower in ("", "encoder") else "peft prompts the encoder of an encoder-decoder."
+
+
+def write(m, parts):
+    (p, site), = parts
+    config = site.stack.module.config
+    return p.P, dict(token_dim=site.d_out, num_attention_heads=getattr(config, "num_attention_heads", 1))
+
+
 @method
 class prompt(Method):
     at: str = "embed"
@@ -16,6 +30,8 @@ class prompt(Method):
     vocab: bool = True
     std: float = 0.02
     exempt = {"identity_at_init": "new tokens take part in attention from the first step"}
+    peft = dict(type="PROMPT_TUNING", also=("P_TUNING",), given=dict(vocab=False),
+                prompt=dict(why=why, write=write, read=lambda t, sites: [dict(P=t) for _ in sites]))
 
     def init(self, site):                  # trains n D
         embed = getattr(site.stack.embed_module, "weight", None)

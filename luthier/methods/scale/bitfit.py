@@ -10,6 +10,7 @@ from luthier.method import Method, method
 @method
 class bitfit(Method):
     at: str = "bias -head"
+    peft = dict(type="BEFT", layers="linear", tensors={"beft_bias": "d: out -> 1 out"})
 
     def init(self, site):                  # trains d_out where there is a bias
         return None if site.b is None else dict(d=site.zeros(site.d_out))

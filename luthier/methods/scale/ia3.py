@@ -11,6 +11,9 @@ from luthier.method import Method, method
 @method
 class ia3(Method):
     at: str = "*.k *.v mlp.down"           # cross-attention too
+    peft = dict(type="IA3", layers="linear conv1d", tensors={"ia3_l": "out: out -> out 1 | into: in -> 1 in"}, rest=dict(out=1),
+                listed=dict(feedforward_modules="into"),
+                rounds="keys and values to the bit; mlp.down to rounding: peft scales its input, ia3 adds what scaling changes")
 
     def init(self, site):                  # trains d_in at mlp.down, else d_out
         into = site.role == "mlp.down"
