@@ -23,6 +23,7 @@ def __getattr__(name):
 
     if name == "load":
         return importlib.import_module("luthier.save").load
-    if name in ("check", "compare", "cost", "evidence", "procedures", "save", "scenes", "systems", "tasks", "train", "zoo"):
+    if name in ("check", "compare", "cost", "evidence", "interop", "procedures", "save", "scenes", "systems", "tasks", "train",
+                "zoo"):
         return importlib.import_module(f"luthier.{name}")
     raise AttributeError(f"module 'luthier' has no attribute {name!r}")

@@ -251,6 +251,41 @@ def merge(a):
     print(json.dumps(files) if a.json else f"{a.out}: {', '.join(files)}")
 
 
+@command(arg("folder", metavar="DIR", help="what `luthier tune` or Tuned.save wrote"),
+         arg("--to", choices=("peft",), default="peft", help="the format (default peft)"),
+         arg("--out", required=True, metavar="FOLDER", help="a new folder"),
+         arg("--model", metavar="M", help="the base, for a DIR that was saved from Python"), IMPORT, JSON)
+def export(a):
+    """write a tuned state as other tools read it: peft, and with it vLLM, diffusers and the hub
+
+    luthier export tuned --to peft --out adapter
+    """
+    _include(a)
+    from .interop import export_folder
+
+    files, notes = export_folder(a.folder, a.out, a.to, a.model)
+    if a.json:
+        print(json.dumps(dict(files=files, notes=notes), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join([f"{a.out}: {', '.join(files)}", *notes]))
+
+
+@command(arg("folder", metavar="FOLDER", help="a folder of peft's or AdapterHub's: adapter_config.json and its safetensors"),
+         MODEL, arg("--out", required=True, metavar="DIR", help="a new folder that predict, merge and luthier.load take"), JSON)
+def import_(a):
+    """read an adapter that another tool wrote
+
+    luthier import adapter --model my-model --out tuned
+    """
+    from .interop import import_folder
+
+    chain, notes = import_folder(a.folder, a.model, a.out)
+    if a.json:
+        print(json.dumps(dict(chain=chain, notes=notes), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join([f"{a.out}: {chain}", *notes]))
+
+
 # -- looking ------------------------------------------------------------------------------------------------------------------
 
 

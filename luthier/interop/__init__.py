@@ -3,7 +3,7 @@
     export(tuned, folder)        adapter_config.json + adapter_model.safetensors, as PeftModel.from_pretrained reads them
     read(folder, model)          -> Tuned: what such a folder holds, on the base it was made for
 
-What a method is called elsewhere stands in its own file (its class attribute `peft` or `adapterhub`); nothing here knows a method.
+What a method is called elsewhere stands in its own file (its class attribute `peft` or `adapterhub`); no method is known here.
 A setting that Luthier cannot represent is refused by name, never left out; pickles are never read; nothing moves onto the model
 before every name and shape has been checked. docs/interop.md says what is equal to the bit and what only to rounding, and why.
 """
@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 
 from ..errors import BadState, UnknownName, nearest
-from . import adapterhub, files, peft
+from . import adapterhub, files, reader, settings, writer
 
 __all__ = ["export", "export_folder", "import_folder", "read", "table"]
 
-FORMATS = {"peft": peft.export}
+FORMATS = {"peft": writer.export}
 
 
 def export(tuned, folder, to="peft"):
@@ -30,7 +30,7 @@ def read(folder, model, name=None):
     """Attach what another tool's `folder` holds to `model`. If anything is wrong the model stays as it was."""
     config = files.config(folder)
     if "peft_type" in config:
-        return peft.read(folder, config, model, name)
+        return reader.read(folder, config, model, name)
     if isinstance(config.get("config"), dict | str) and "model_type" in config:
         return adapterhub.read(folder, config, model, name)
     raise BadState(f"{Path(folder) / files.CONFIG} names neither a peft_type (peft) nor an adapter's config (AdapterHub). "
@@ -81,8 +81,9 @@ def _task(model, ref):
     origin = getattr(model, "luthier_origin", None)
     if origin is not None and origin.kind == "text-decoder" and hasattr(model, "lm_head") and hasattr(model, "generate"):
         return dict(kind="causal-lm", model=ref, roles={"text": "text"}, metric="perplexity", options={})
-    kind = {"ForSequenceClassification": ("text-classification", "text"), "ForImageClassification": ("image-classification", "image")}
-    for ending, (kind, role) in kind.items():
+    kinds = {"ForSequenceClassification": ("text-classification", "text"),
+             "ForImageClassification": ("image-classification", "image")}
+    for ending, (kind, role) in kinds.items():
         if name.endswith(ending) and len(labels) > 1:
             shown = [str(labels[k]) for k in sorted(labels, key=int)]
             return dict(kind=kind, model=ref, roles={role: role, "label": "label"}, metric="accuracy", options={"own": True},
@@ -99,7 +100,7 @@ def table():
         for tool in ("peft", "adapterhub"):
             d = getattr(m, tool, None)
             if d:
-                rows.append((name, *(peft if tool == "peft" else adapterhub).describe(d)))
+                rows.append((name, *(settings if tool == "peft" else adapterhub).describe(d)))
     return rows
 
 

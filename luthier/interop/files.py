@@ -19,7 +19,8 @@ def place(folder):
     folder = Path(named(folder, "an adapter's folder", BadState))
     if not folder.is_dir():
         near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
-        raise BadState(f"{folder} is {'a file' if folder.exists() else 'not there'}. Give a folder with {CONFIG}; hub ids are not "
+        raise BadState(f"{folder} is {'a file' if folder.exists() else 'not there'}. Give a folder with {CONFIG}; hub ids are "
+                       "not "
                        f"fetched: download the folder first. {near}")
     return folder
 
@@ -67,7 +68,8 @@ def tensors(folder, name=WEIGHTS, pickled=("adapter_model.bin", "adapter_model.p
     if not path.exists():
         bad = next((p for p in pickled if (path.parent / p).exists()), None)
         if bad:
-            raise BadState(f"{path.parent} holds its weights as a pickle, {bad}. Pickles can run code, and are never read. If you "
+            raise BadState(f"{path.parent} holds its weights as a pickle, {bad}. Pickles can run code, and are never read. If "
+                           "you "
                            f"trust it, convert it once, in that folder: {CONVERT % (bad, name)}")
         sharded = [p.name for p in path.parent.iterdir() if p.name.endswith(".index.json")]
         raise BadState(f"{path.parent} holds no {name}"
@@ -94,5 +96,6 @@ def same_base(folder, base):
     if isinstance(said, dict) and isinstance(said.get("fingerprint"), str) and said["fingerprint"] != fingerprint(base):
         why = "the same shapes with other weights" if said["fingerprint"].split(":")[0] == fingerprint(base).split(":")[0] else \
             f"parameters of other names, shapes or dtypes ({type(base).__name__} here, {said.get('model')} there)"
-        raise WrongBase(f"{folder} was made for {said.get('origin') or said.get('model')}, and this model has {why}. Load the base "
+        raise WrongBase(f"{folder} was made for {said.get('origin') or said.get('model')}, and this model has {why}. Load the "
+                        "base "
                         f"it was made for, in the same dtype and before any training (fingerprint {said['fingerprint']}).")

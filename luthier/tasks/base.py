@@ -130,6 +130,8 @@ class Task:
         """The pretrained model with this task's head. Weights are fresh each call; the head depends on `seed` only."""
         if self.model is None:
             raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"minilm\".")
+        if self.options.get("own"):                  # the head that came with the model, of an adapter made elsewhere
+            return zoo.load(self.model, dtype)
         first = None
         for backbone in bodies(zoo.load(self.model, dtype), self.origin.kind, self.reads):
             model = Headed(backbone, self.pool(backbone), None, self.extra(backbone)).eval()

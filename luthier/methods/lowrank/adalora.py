@@ -30,8 +30,10 @@ class adalora(Method):
     limits = {"warmup": (0, 0.5), "final": (0, 0.5), "beta1": (0, 1), "beta2": (0, 1)}
     peft = dict(type="ADALORA", layers="linear conv1d", fields=dict(init_r="rank", target_r="target"),
                 tensors={"lora_A": "Q: r in", "lora_E": "lam: r -> r 1", "lora_B": "P: r out -> out r"},
-                factor=("alpha", "rank"), scale=("lora_alpha", "init_r", 1e-5), patterns="lora_E", settings=dict(total_step=1), reads=("r",),
-                rounds="to rounding: peft divides by rank + 1e-5 (worked into lora_alpha) and folds lambda into the other factor")
+                factor=("alpha", "rank"), scale=("lora_alpha", "init_r", 1e-5), patterns="lora_E",
+                settings=dict(total_step=1), reads=("r",),
+                rounds="to rounding: peft divides by rank + 1e-5 (worked into lora_alpha) and folds lambda into the other "
+                       "factor")
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,7 +18,7 @@ class lora(Method):
     peft = dict(type="LORA", layers="linear conv1d", tensors={"lora_A.weight": "A: r in", "lora_B.weight": "B: out r"},
                 fields=dict(r="rank", lora_dropout="dropout"), factor=("alpha", "rank"), scale=("lora_alpha", "r", 0),
                 patterns="number", sums=True,
-                rounds="to the bit where alpha / rank is a power of two; else to rounding: peft scales the product, lora its input")
+                rounds="to the bit where alpha / rank is a power of two, else to rounding: peft scales the product, lora x")
 
     def init(self, site):                  # trains rank * (d_in + d_out)
         A = site.normal(self.rank, site.d_in, std=site.d_in**-0.5)

@@ -7,34 +7,8 @@ n = ⌈d/r⌉: B_j: (D, r) and A: (r, d) are random with unit standard deviation
 column of A that is all zero is a feature that cannot change.
 """
 
-from luthier.errors import DoesNotFit
 from luthier.method import Method, method
-
-
-def write(p, site, config):                # peft pairs column j r + i of B with row i n + j of A (fixed by its flattening)
-    return dict(randlora_lambda=p.L.detach().T, randlora_gamma=p.G.detach())
-
-
-def common(parts):
-    (_, first, site), n = parts[0], {tuple(p.G.shape) for _, p, _ in parts}
-    if len({tuple(sorted((s.d_out, s.d_in))) for _, _, s in parts}) > 1 or len(n) > 1:
-        raise DoesNotFit("randlora has bases of their own for each shape of weight, peft one pair of which smaller shapes take a "
-                         "corner. Export one shape at a time, as with randlora(at=\"attn.q\").")
-    n, r = first.L.shape
-    B = first.B.view(-1, n, r).mT.reshape(-1, n, r)
-    return dict(randlora_A=first.A[:, None], randlora_B=B)
-
-
-def read(t, site, config):
-    d, D = sorted((site.d_out, site.d_in))
-    r, n = t["randlora_lambda"].shape
-    if r != config["r"] or r > d or n != -(-d // r):
-        raise ValueError(f"rank {r} with {n} bases at a weight of {site.d_out} x {site.d_in}")
-    if "randlora_A" not in t or "randlora_B" not in t:
-        raise KeyError("the random bases are not in the file: save it again in peft with save_projection=True")
-    B = t["randlora_B"][:D, :n].reshape(D, r, n).mT.reshape(D, n * r)
-    state = dict(L=t["randlora_lambda"].T.contiguous(), G=t["randlora_gamma"], A=t["randlora_A"][:, 0, :d].contiguous(), B=B)
-    return state, dict(rank=r, scale=config["randlora_alpha"] / r)
+from luthier.methods.lowrank._bases import common, read, write
 
 
 @method
