@@ -71,7 +71,10 @@ def import_folder(folder, model, out):
             notes.append(f"A {type(base).__name__} has no head that a task of Luthier predicts with: use luthier.load(model, "
                          f"{str(out)!r}) in Python.")
     tuned = read(folder, base)
-    tuned.save(out, extra=extra | tuned.extra)
+    labels = tuned.extra.pop("labels", None)
+    if labels and len(labels) == len(extra.get("task", {}).get("labels", ())):
+        extra["task"] |= dict(labels=labels, shown=labels)
+    tuned.save(out, extra=extra)
     return repr(tuned.chain), [*tuned.told, *notes]
 
 

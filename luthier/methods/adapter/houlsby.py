@@ -17,6 +17,10 @@ class houlsby(Method):
     width: int = 64
     std: float = 1e-2                      # σ
     norms: bool = True
+    adapterhub = dict(places={"attention.output": "attn.out", "output": "mlp.out"}, fields={}, given=dict(norms=False),
+                      tensors={"adapter_down.0.weight": "D", "adapter_down.0.bias": "d", "adapter_up.weight": "U",
+                               "adapter_up.bias": "u"},
+                      when=dict(mh_adapter=True, output_adapter=True, original_ln_before=False, non_linearity="gelu"))
 
     def init(self, site):                  # trains 2 width D + width + D per sublayer, 2 D per norm
         if site.kind == "weight":
