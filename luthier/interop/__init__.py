@@ -17,6 +17,7 @@ from . import adapterhub, files, reader, settings, writer
 __all__ = ["export", "export_folder", "import_folder", "read", "table"]
 
 FORMATS = {"peft": writer.export}
+SPEC = ("kind", "roles", "metric", "options", "labels", "shown", "mean", "scale")       # all that is taken of a recorded task
 
 
 def export(tuned, folder, to="peft"):
@@ -61,8 +62,10 @@ def import_folder(folder, model, out):
     if "task" in extra:
         from .. import tasks
 
-        extra = extra | {"task": extra["task"] | {"model": model}}
-        base = tasks.restore(extra["task"]).build(seed=extra.get("seed", 0))
+        with save._sense(Path(folder) / files.OURS):
+            spec = {k: v for k, v in extra["task"].items() if k in SPEC} | {"model": model}
+            extra = {"task": spec, "seed": int(extra.get("seed", 0))}
+            base = tasks.restore(spec).build(seed=extra["seed"])
     else:
         base = zoo.load(model)
         task = _task(base, model)

@@ -23,7 +23,8 @@ from .reader import Reader
 WEIGHTS, HEAD = "adapter.safetensors", "model_head.safetensors"
 PICKLED, PICKLED_HEAD = "pytorch_adapter.bin", "pytorch_model_head.bin"
 KEY = re.compile(r"(?P<host>.+?)\.(\w*adapters)\.(?P<name>[^.]+(\.[^.]+)*?)\.(?P<tensor>(adapter|gate|invertible)\w*(\.\w+)*)")
-WHEN = dict(original_ln_after=(True, None), adapter_residual_before_ln=(False, None), ln_before=(False, None),
+WHEN = dict(original_ln_after=(True, None), residual_before_ln=(True, None),
+            adapter_residual_before_ln=(False, None), ln_before=(False, None),
             ln_after=(False, None), is_parallel=(False, None), scaling=(1.0, None), use_gating=(False, None),
             phm_layer=(False, None), cross_adapter=(False, None), inv_adapter=(None, ""), factorized_phm_W=(True, False, None))
 INERT = {"reduction_factor", "leave_out", "dropout", "init_weights", "invertible_adapter", "inv_adapter_reduction_factor",
@@ -37,7 +38,7 @@ def declared():
 def describe(d):
     """(what it is called there, what maps to what, how equal): a row of the table in docs/interop.md."""
     when = ", ".join(f"{k}={v}" for k, v in d["when"].items())
-    return f"AdapterHub bottleneck, {when}", "; ".join(f"{k} = {t}" for k, t in d["tensors"].items()), "to rounding"
+    return f"AdapterHub bottleneck, {when}", "; ".join(f"{k} = {t}" for k, t in d["tensors"].items()), "to rounding, of the formula"
 
 
 def read(folder, config, model, name=None):

@@ -75,13 +75,12 @@ class Reader:
 
     def _bases(self, tensors):
         """Where peft saved an embedding of the base beside the adapter, it must be this base's own."""
-        words = tuple(self.config.get("modules_to_save") or ())
         for key in list(tensors):
             path, _, param = key.removeprefix(ROOT).rpartition(".")
             path = path.removesuffix(".base_layer")
             mine = self.modules.get(path)
             mine = mine._parameters.get(param) if mine is not None else None
-            if mine is None or not key.startswith(ROOT) or words and path.endswith(words):
+            if mine is None or not key.startswith(ROOT) or self._kept(path):
                 continue
             if mine.shape != tensors[key].shape or not mine.detach().cpu().equal(tensors[key].to(mine.dtype)):
                 raise WrongBase(f"{self.folder} carries a {path}.{param} of {tuple(tensors[key].shape)} that is not this "
@@ -89,15 +88,19 @@ class Reader:
                                 f"{tuple(mine.shape)}: the base was changed (new tokens?) before it was tuned. Load that base.")
             del tensors[key]
 
+    def _kept(self, path):
+        """Whether modules_to_save names this module, or one that it is in."""
+        words = tuple(self.config.get("modules_to_save") or ())
+        above = [path[:i] for i, c in enumerate(path) if c == "."] + [path]
+        return bool(words) and any(a.endswith(words) and a in self.modules for a in above)
+
     def _split(self, tensors):
         """Take the tensors of modules_to_save out of `tensors`."""
-        words, out = tuple(self.config.get("modules_to_save") or ()), {}
+        words, out = self.config.get("modules_to_save") or (), {}
         if "" in words:
             raise BadState(f"{self.where}: an empty name in modules_to_save.")
-        for key in list(tensors) if words else ():
-            path = key.removeprefix(ROOT)
-            above = [path[:i] for i, c in enumerate(path) if c == "."]
-            if any(a.endswith(words) and a in self.modules for a in above):
+        for key in list(tensors):
+            if key.startswith(ROOT) and self._kept(key[len(ROOT):].rpartition(".")[0]):
                 out[key] = tensors.pop(key)
         if words and not out and self.kind != COPIES:
             heads = [w for w in words if any(n.endswith(w) for n in self.modules)]

@@ -73,13 +73,19 @@ def declared():
 
 
 def describe(d):
+    """(what it is called there, what maps to what, how equal): a row of the table in docs/interop.md."""
+    equal = d.get("rounds", "to the bit")
     if "copies" in d:
-        return f"modules_to_save, or {COPIES}", "; ".join(f"{p} = {t}" for p, t in d["copies"].items()), "to the bit"
+        return f"modules_to_save, or {COPIES}", "; ".join(f"{p} = {t}" for p, t in d["copies"].items()), equal
+    said = [f"{k} = {v.replace('|', 'or')}" for k, v in d.get("tensors", {}).items()]
+    said += [f"{' and '.join(d['names'])}, rearranged"] if "names" in d else []
+    said += ["prompt_embeddings, of all layers at once"] if "prompt" in d else []
+    said += [f"{k} = {v}" for k, v in d.get("fields", {}).items()]
+    if "factor" in d:
+        top, below, eps = d["scale"]
+        said.append(f"{top} / {f'({below} + {eps})' if eps else below} = {' / '.join(d['factor'])}")
     when = "".join(f", {k}={v}" for k, v in d.get("when", {}).items())
-    what = {**d.get("tensors", {}), **{k: f"{v}" for k, v in d.get("fields", {}).items()}} or {"prompt_embeddings": "the whole "
-                                                                                                                    "state"}
-    return (" or ".join((d["type"], *d.get("also", ()))) + when, "; ".join(f"{k} = {v}" for k, v in what.items()),
-            d.get("rounds", "to the bit"))
+    return " or ".join((d["type"], *d.get("also", ()))) + when, "; ".join(said), equal
 
 
 def understood(folder, config):

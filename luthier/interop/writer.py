@@ -75,7 +75,7 @@ def export(tuned, folder):
         tensors |= {f"{ROOT}{path}.{k}": t for path, ts in copies.items() for k, t in ts.items()}
     if copies and any(s.tied for step in tuned._plan.steps for s in step.sites if "copies" in step.method.peft):
         notes.append("A tied weight is kept whole: in peft too its twin stays as it is in the base.")
-    ours = dict(chain=repr(tuned.chain), base=save._base(base), extra=getattr(tuned, "extra", {}) or {})
+    ours = dict(chain=repr(tuned.chain), base=save._base(base), extra=tuned.__dict__.get("extra") or {})
     out = {files.WEIGHTS: _tensors(tensors), files.CONFIG: _json(config), files.OURS: _json(ours)}
     if head:
         out[files.HEAD] = _tensors({k: t for ts in head.values() for k, t in ts.items()})
