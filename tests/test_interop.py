@@ -61,6 +61,9 @@ EVERY = ("gpt2", "llama", "bert", "vit", "t5")
 WRITTEN = [                                  # chain, models, equal to the bit (else to rounding, for the reason in the docs)
     ("lora()", ("llama", "bert", "vit", "t5"), True),
     ("lora(at='attn.q')", EVERY, True),
+    ("full(at='embed.token head')", ("gpt2", "t5"), True),             # tied: one state, two views of it
+    ("lora(at='embed.token')", ("gpt2",), False),
+    ("lora(at='embed.token head')", ("llama",), False),         # an embedding's change is added to its table here
     ("lora()", ("gpt2",), False),            # two of three parts of c_attn: ranks are stacked, another product
     ("lora(at='attn.o mlp.down', rank=2, alpha=4.0) >> lora(at='attn.q')", EVERY, True),
     ("lora(alpha=12.0)", ("gpt2", "llama"), False),
@@ -175,6 +178,7 @@ READ = [                                     # label, model, config, chain, equa
      "lora(at='attn.q attn.v attn.o mlp.gate mlp.up', rank=4, alpha=8.0)", True),
     ("dora", "llama", lambda: L(target_modules=["q_proj", "up_proj"], use_dora=True, use_rslora=True),
      "dora(at='attn.q mlp.up', rank=4)", False),
+    ("tokens", "gpt2", lambda: L(target_modules=["wte", "c_fc"]), "lora(at='embed.token mlp.up', rank=4, alpha=8.0)", False),
     ("saved", "llama", lambda: L(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
      "lora(at='attn.q', rank=4, alpha=8.0) >> full(at='embed.token head')", True),
     ("shapes", "llama", lambda: peft.RandLoraConfig(target_modules=["q_proj", "k_proj", "down_proj"], r=4),
@@ -311,6 +315,13 @@ def test_a_tuned_head_travels_beside_the_adapter(place, tmp_path, capsys):
     with torch.no_grad():
         h = pooled(there(**batch).last_hidden_state, "mean", batch["attention_mask"])
         assert torch.nn.functional.linear(h, head["weight"], head["bias"]).equal(tuned(**batch).logits)
+    alone = interop.read(tmp_path / "a", BertModel.from_pretrained(place / "bert")).eval()             # without the head: said
+    with torch.no_grad():
+        assert alone(**batch).last_hidden_state.equal(there(**batch).last_hidden_state) and "left aside" in alone.told[0]
+        other = alone.detach()
+        other.encoder.layer[0].attention.self.query.weight.mul_(2)
+    with pytest.raises(WrongBase, match="other weights"):
+        interop.read(tmp_path / "a", other)
     code, out, _ = run(capsys, "import", tmp_path / "a", "--model", place / "bert", "--out", tmp_path / "b", "--json")
     assert code == 0 and json.loads(out)["chain"] == "lora(rank=4) >> probe()"
     said = [run(capsys, "predict", d, "the film was good", "--json")[1] for d in (place / "tuned", tmp_path / "b")]
@@ -365,10 +376,11 @@ def test_a_folder_saved_from_python_names_its_base(place, tmp_path, capsys):
 @pytest.mark.parametrize("name, chain, says", [
     ("llama", "ssf()", "merge"), ("llama", "houlsby()", "nothing that computes"), ("bert", "bitfit()", "norm"),
     ("bert", "prompt(n=2)", r"\[CLS\]"), ("gpt2", "prefix(n=2)", "shifted"), ("t5", "prefix(n=2)", "shifted"),
-    ("llama", "lora(at='embed.token')", "embedding"), ("gpt2", "randlora(rank=4)", "several weights"),
+    ("llama", "dora(at='embed.token')", "embedding"), ("gpt2", "randlora(rank=4)", "several weights"),
     ("llama", "randlora(at='attn.q attn.k', rank=4)", "shape"), ("llama", "lora() >> dora(at='attn.o')", "one kind"),
     ("llama", "full(at='attn.o') >> lora(at='attn.o')", "both"), ("vit", "full(at='embed')", "layer|matches|holds more|verb"),
-    ("llama", "dora() >> dora()", "twice"), ("llama", "adalora(at='attn.q') >> adalora(at='attn.o', alpha=3.0)", "different"),
+    ("llama", "dora() >> dora()", "twice"),
+    ("gpt2", "lora(at='embed.token head')", "tied"), ("llama", "adalora(at='attn.q') >> adalora(at='attn.o', alpha=3.0)", "different"),
     ("vit", "full(at='embed.cls')", "holds more"), ("llama", "spiel(at='attn.k', density=1.0)", "entries"),
     ("bert", "prefix(n=2)", "shifted"), ("gpt2", "full(at='attn.k') >> lora(at='attn.q')", "both"),
 ])
@@ -463,6 +475,11 @@ MALFORMED = {                                # what was done to a good folder: t
     "a rank that is no number": (changed(r="4"), BadState, "whole number"),
     "a negative rank": (changed(r=-4), BadState, "whole number"),
     "alpha that is no number": (changed(lora_alpha="big"), BadState, "must be a number"),
+    "alpha beyond all numbers": (changed(lora_alpha=10**400), BadState, "must be a number"),
+    "whole numbers for weights": (tensors(lambda t: t.__setitem__(A0, t[A0].long())), BadState, "int64"),
+    "eight-bit floats": (tensors(lambda t: t.__setitem__(A0, t[A0].to(torch.float8_e4m3fn))), BadState, "float8"),
+    "an embedding's tensor at a layer": (tensors(lambda t: t.__setitem__(A0.replace("lora_A.weight", "lora_embedding_A"),
+                                                                         t[A0].clone())), BadState, "means nothing"),
     "alpha that is not finite": (changed(lora_alpha=float("inf")), BadState, "must be a number"),
     "targets that are a number": (changed(target_modules=3), BadState, "target_modules must be"),
     "targets that are no names": (changed(target_modules=[1, None]), BadState, "target_modules must be"),

@@ -38,7 +38,7 @@ def declared():
 def describe(d):
     """(what it is called there, what maps to what, how equal): a row of the table in docs/interop.md."""
     when = ", ".join(f"{k}={v}" for k, v in d["when"].items())
-    return f"AdapterHub bottleneck, {when}", "; ".join(f"{k} = {t}" for k, t in d["tensors"].items()), "to rounding, of the formula"
+    return f"AdapterHub bottleneck, {when}", "; ".join(f"{k} = {t}" for k, t in d["tensors"].items()), "to rounding"
 
 
 def read(folder, config, model, name=None):

@@ -3,12 +3,13 @@
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BadState, WrongBase, named, nearest
-from ..save import LARGEST, fingerprint
+from ..save import CODES, DTYPES, LARGEST, fingerprint
 
 CONFIG, WEIGHTS, OURS, HEAD = "adapter_config.json", "adapter_model.safetensors", "luthier.json", "head.safetensors"
 CONVERT = ("python -c \"import torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in torch.load('%s', "
@@ -85,17 +86,31 @@ def tensors(folder, name=WEIGHTS, pickled=("adapter_model.bin", "adapter_model.p
     if not found:
         raise BadState(f"{path} holds no tensor. Save the adapter again.")
     for k, t in found.items():
+        if t.dtype not in CODES:
+            raise BadState(f"{path}: {k!r:.100} is of {t.dtype}, which is not read. Save it in one of {', '.join(DTYPES)}.")
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise BadState(f"{path}: {k!r:.100} holds NaN or infinity. Take the adapter from its source, or train it again.")
     return found
 
 
-def same_base(folder, base):
-    """Where `export` recorded the base, it must be this one."""
+def touched(body, paths):
+    """The fingerprint of the modules at `paths` alone, whatever head or pooler is beside them."""
+    inside = dict(body.named_modules(remove_duplicate=False))
+    found = [(f"{path}.{n}", p) for path in paths if path in inside for n, p in inside[path].named_parameters()]
+    return fingerprint(SimpleNamespace(named_parameters=lambda remove_duplicate: found))
+
+
+def same_base(folder, base, body):
+    """Where `export` recorded the base, it must be this one; of a base that had a head of its own, the part that was tuned."""
     said = recorded(folder).get("base")
-    if isinstance(said, dict) and isinstance(said.get("fingerprint"), str) and said["fingerprint"] != fingerprint(base):
-        why = "the same shapes with other weights" if said["fingerprint"].split(":")[0] == fingerprint(base).split(":")[0] else \
+    if not isinstance(said, dict) or not isinstance(said.get("fingerprint"), str):
+        return
+    want, have = said["fingerprint"], fingerprint(base)
+    if base is body and said.get("model") == "Headed" and isinstance(said.get("touched"), list):
+        want, have = said.get("part"), touched(body, [p for p in said["touched"] if isinstance(p, str)])
+    if want != have:
+        same = isinstance(want, str) and want.split(":")[0] == have.split(":")[0]
+        why = "the same shapes with other weights" if same else \
             f"parameters of other names, shapes or dtypes ({type(base).__name__} here, {said.get('model')} there)"
         raise WrongBase(f"{folder} was made for {said.get('origin') or said.get('model')}, and this model has {why}. Load the "
-                        "base "
-                        f"it was made for, in the same dtype and before any training (fingerprint {said['fingerprint']}).")
+                        f"base it was made for, in the same dtype and before any training (fingerprint {want}).")

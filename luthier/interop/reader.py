@@ -16,7 +16,7 @@ from ..method import Chain, call
 from ..site import find, sites
 from . import files
 from .layout import layouts, rows_of
-from .settings import COPIES, ROOT, TASKS, WRAP, declared, selected, task_of, understood, whole
+from .settings import COPIES, ROOT, TASKS, WRAP, declared, selected, task_of, tensors_of, understood, whole
 
 
 def read(folder, config, model, name=None):
@@ -25,8 +25,8 @@ def read(folder, config, model, name=None):
 
     understood(folder, config)
     base, tensors = base_of(model), files.tensors(folder)
-    files.same_base(folder, base)
     body, prefix = (base.backbone, "backbone.") if isinstance(base, Headed) else (base, "")
+    files.same_base(folder, base, body)
     reader = Reader(folder, config, base, body, prefix)
     steps = reader.steps(tensors)
     return reader.attach(model, steps, name)
@@ -55,7 +55,7 @@ class Reader:
             copied = self._split(tensors)
             if self.kind == COPIES:
                 kept = {k.replace(".ln_tuning_layers.", "."): t for k, t in tensors.items()}
-                self._chosen({k[len(ROOT):].rpartition(".")[0] for k in kept})
+                self._chosen({k[len(ROOT):].partition(".ln_tuning_layers.")[0] for k in tensors})
                 steps = self._copies(kept | copied)
             else:
                 steps = self._tuned(tensors) + self._copies(copied)
@@ -114,13 +114,14 @@ class Reader:
     # ---- one adapter a module
     def _tuned(self, tensors):
         m, d = self._method()
-        names = list(d["tensors"]) if "tensors" in d else list(d["names"])
+        lines = d.get("tensors", {}).keys() | {k for one in d.get("of", {}).values() for k in one}
+        names = sorted(lines or d["names"], key=len, reverse=True)
         common, found = {}, {}
         for key, t in tensors.items():
             if key.startswith(WRAP) and key[len(WRAP):] in d.get("shared", ()):
                 common[key[len(WRAP):]] = t
                 continue
-            tail = next((n for n in sorted(names, key=len, reverse=True) if key.endswith("." + n)), None)
+            tail = next((n for n in names if key.endswith("." + n)), None)
             if tail is None and any(key.endswith("." + n) for n in d.get("shared", ())):
                 continue                                   # peft repeats what is shared at every module
             if not key.startswith(ROOT) or tail is None:
@@ -192,9 +193,11 @@ class Reader:
             raise DoesNotFit(f"{self.folder}: {path} is a {what}, and {m.__name__} is read at "
                              f"{d['layers'].replace(' ', ' or ')} "
                              "layers only. Merge in peft first.")
-        lost = [k for k in d.get("tensors", ()) if k not in ts]
-        if lost:
-            raise BadState(f"{self.folder}: {path} lacks {lost[0]}. The file is incomplete: take it from its source.")
+        lines = tensors_of(d, held[0].layout) if "tensors" in d else dict.fromkeys(d["names"])
+        lost = [k for k in lines if k not in ts]
+        if lost or ts.keys() - lines.keys():
+            raise BadState(f"{self.folder}: {path} lacks {lost[0]}. The file is incomplete: take it from its source."
+                           if lost else f"{self.folder}: {path} has {min(ts.keys() - lines.keys())}, which means nothing there.")
         if "read" in d:
             if len(held) > 1 or held[0].rows is not None:
                 raise DoesNotFit(f"{self.folder}: {path} is several weights in one module, and {self.kind} of the whole is "
@@ -203,7 +206,7 @@ class Reader:
             state, hyper = self._try(path, d["read"], ts | common, held[0], self.config)
             return [(tuple({**hyper, **d.get("given", {})}.items()), held[0], state)]
         n = held[0].whole(held[0].parameter).shape[0]
-        layout = {k: self._which(d, k, path, t) for k, t in ts.items()}
+        layout = {k: self._which(d, lines[k], path) for k in ts}
         sizes = {"out": n, "in": held[0].d_in}
         rank = None
         for k, t in ts.items():
@@ -242,9 +245,9 @@ class Reader:
                              f"{', '.join(s.name for _, s, _ in new)}.")
         return new
 
-    def _which(self, d, k, path, t):
+    def _which(self, d, line, path):
         """Of a tensor's alternative layouts, the one that the settings name for this module."""
-        made = layouts(d["tensors"][k])
+        made = layouts(line)
         for key, name in d.get("listed", {}).items():
             value = self.config.get(key) or []
             inside = bool(re.fullmatch(value, path)) if isinstance(value, str) else path.endswith(tuple(value))
@@ -289,7 +292,7 @@ class Reader:
             elif rank is not None and rank > size:
                 raise BadState(f"{self.folder}: {path} has rank {rank}, more than {r}={size}. One of them is from another "
                                "adapter.")
-            if type(top) not in (int, float) or not math.isfinite(top):
+            if type(top) not in (int, float) or not -1e30 < top < 1e30:
                 raise BadState(f"{self.where}: {alpha} must be a number, not {json.dumps(top)[:40]}.")
             factor = top / math.sqrt(size) if c.get("use_rslora") else top / (size + eps)
             names = d["factor"]
@@ -454,6 +457,8 @@ class Filler:
                 raise WrongBase(f"{self.folder}: {k} at {site} has shape {tuple(t.shape)}, and {m!r} makes it "
                                 f"{tuple(old.shape)} on this "
                                 "base. Load the base it was made for.")
+            if t.is_floating_point() != old.is_floating_point():
+                raise BadState(f"{self.folder}: {k} at {site} is {t.dtype}, and {m!r} makes it {old.dtype}.")
             cast = t.to(old.dtype)
             if not cast.to(t.dtype).equal(t):
                 raise DoesNotFit(f"{self.folder}: {k} at {site} is {t.dtype}, and this base is {old.dtype}, which would round "

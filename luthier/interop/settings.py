@@ -5,7 +5,7 @@ A method is read and written by a class attribute `peft`, a dict of:
     type, also       peft_type; further types of the same content
     when             settings that tell two methods of one type apart
     layers           site layouts that peft's layer can wrap
-    tensors          {name of the tensor in the file: layout.py's line}
+    tensors, of      {name of the tensor in the file: layout.py's line}; {site layout: the same, where it is another}
     fields           {setting: hyperparameter}, equal in both
     factor, scale    (alpha, rank): the method multiplies by alpha / rank, peft by its first setting over its second plus a third
     patterns         "number" (rank_pattern and alpha_pattern) or the tensor whose lost ranks rank_pattern masks
@@ -86,6 +86,11 @@ def describe(d):
         said.append(f"{top} / {f'({below} + {eps})' if eps else below} = {' / '.join(d['factor'])}")
     when = "".join(f", {k}={v}" for k, v in d.get("when", {}).items())
     return " or ".join((d["type"], *d.get("also", ()))) + when, "; ".join(said), equal
+
+
+def tensors_of(d, layout):
+    """{tensor: its line} at a site of this layout."""
+    return d.get("of", {}).get(layout, d["tensors"])
 
 
 def understood(folder, config):

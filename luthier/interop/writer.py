@@ -15,17 +15,18 @@ from ..errors import BadState, DoesNotFit
 from ..host import Host, fetch
 from . import files
 from .layout import layouts, rows_of
-from .settings import COPIES, ROOT, WRAP, declared, selected, task_of
+from .settings import COPIES, ROOT, WRAP, declared, selected, task_of, tensors_of
 
 
 @dataclass
 class Part:
-    """One method's state at one site, and where that is for peft."""
+    """One method's state at one site, and where that is for peft; view: the site as whose it is laid out (tied weights)."""
 
     method: object
     site: object
     p: object
     path: str
+    view: object
 
     @property
     def d(self):
@@ -75,7 +76,9 @@ def export(tuned, folder):
         tensors |= {f"{ROOT}{path}.{k}": t for path, ts in copies.items() for k, t in ts.items()}
     if copies and any(s.tied for step in tuned._plan.steps for s in step.sites if "copies" in step.method.peft):
         notes.append("A tied weight is kept whole: in peft too its twin stays as it is in the base.")
-    ours = dict(chain=repr(tuned.chain), base=save._base(base), extra=tuned.__dict__.get("extra") or {})
+    touched = sorted({path for path in (*copies, *parts)})
+    ours = dict(chain=repr(tuned.chain), base=save._base(base) | dict(touched=touched, part=files.touched(body, touched)),
+                extra=tuned.__dict__.get("extra") or {})
     out = {files.WEIGHTS: _tensors(tensors), files.CONFIG: _json(config), files.OURS: _json(ours)}
     if head:
         out[files.HEAD] = _tensors({k: t for ts in head.values() for k, t in ts.items()})
@@ -105,8 +108,9 @@ def _parts(tuned):
     for step in tuned._plan.steps:
         states = tuned._states_of[step.number]
         for s in step.sites:
-            if (p := states.get(step.twins.get(s, s).name)) is not None:
-                yield Part(step.method, s, p, s.path)
+            view = step.twins.get(s, s)
+            if (p := states.get(view.name)) is not None:
+                yield Part(step.method, s, p, s.path, view)
 
 
 def _copied(part, have):
@@ -122,7 +126,7 @@ def _copied(part, have):
             continue
         own = s.bias if param == "bias" else s.param
         base = new.get(own, fetch(m, own).detach()).cpu()
-        new[own] = (s.write_b if param == "bias" else s.write)(base, t.detach().cpu()).contiguous()
+        new[own] = (s.write_b if param == "bias" else part.view.write)(base, t.detach().cpu()).contiguous()
     return {n: new.get(n, q.detach().cpu().contiguous()) for n, q in m.named_parameters()}
 
 
@@ -136,6 +140,9 @@ def _adapter(parts, at, body, notes):
             raise DoesNotFit(f"A peft folder holds one kind of adapter, and this chain has {type(parts[0].method).__name__} "
                              "and "
                              f"{type(p.method).__name__}. Export them one by one, or merge() one of them first.")
+        if p.view is not p.site:
+            raise DoesNotFit(f"{p.name}: this weight is tied to {p.view.name} and changes with it, which peft has no word for. "
+                             f"Choose one of the two: {type(p.method).__name__}(at=\"{p.method.at} -{p.site.name}\").")
         if "prompt" not in d and p.site.layout not in d["layers"].split():
             raise DoesNotFit(f"{p.name}: peft's {d['type']} wraps {' and '.join(d['layers'].split())} layers, and this is a "
                              f"{p.site.layout}. Leave it out with {type(p.method).__name__}(at=\"{p.method.at} "
@@ -179,16 +186,16 @@ def _module(path, parts, config, notes):
                              f"Use {type(first.method).__name__} on modules of one weight, or merge() it.")
         if "write" in d:
             return d["write"](first.p, first.site, config), None, factor
-        new = {k: one.write(_cpu(getattr(first.p, one.name))) for k, one in _present(d, first.p).items()}
-        rank = next((t.shape[one.axis("r")] for (k, one), t in zip(_present(d, first.p).items(), new.values(), strict=True)
-                     if one.axis("r") is not None), None)
-        return new, rank, factor
+        layout = _present(first)
+        new = {k: one.write(_cpu(getattr(first.p, one.name))) for k, one in layout.items()}
+        return new, next((t.shape[layout[k].axis("r")] for k, t in new.items() if layout[k].axis("r") is not None), None), factor
     return _joined(path, parts, n, notes)
 
 
-def _present(d, p):
+def _present(part):
     """{tensor: its layout} as far as this state has it."""
-    return {k: one for k, text in d["tensors"].items() for one in layouts(text) if hasattr(p, one.name)}
+    lines = tensors_of(part.d, part.site.layout)
+    return {k: one for k, text in lines.items() for one in layouts(text) if hasattr(part.p, one.name)}
 
 
 def _cpu(t):
@@ -204,7 +211,7 @@ def _joined(path, parts, n, notes):
     if max(met.values()) > 1 and not d.get("sums"):
         raise DoesNotFit(f"{path} carries {type(first.method).__name__} twice, which is no single {d['type']}. merge() one "
                          "first.")
-    layout, new, rank = _present(d, first.p), {}, None
+    layout, new, rank = _present(first), {}, None
     whole = [{k: one.write(_cpu(getattr(p.p, one.name))) for k, one in layout.items()} for p in parts]
     plain = [k for k, one in layout.items() if one.axis("r") is not None and one.axis("out") is None]
     alike = max(met.values()) == 1 and all(w[k].equal(whole[0][k]) for w in whole for k in plain)     # one factor for all rows

@@ -20,9 +20,9 @@ def _rotary(site):
 
 
 def turned(K, site, by):                   # K: (n, Hkv, Dh), by `by` places, as the model's own code turns keys
-    apply = sys.modules[type(site.module).__module__].apply_rotary_pos_emb
-    cos, sin = _rotary(site)(K, torch.tensor([[abs(by)]]))
-    k = K.transpose(0, 1)[None]            # (1, Hkv, n, Dh)
+    rotary, apply = _rotary(site), sys.modules[type(site.module).__module__].apply_rotary_pos_emb
+    k = K.transpose(0, 1)[None].to(rotary.inv_freq.device)             # (1, Hkv, n, Dh)
+    cos, sin = rotary(k, torch.tensor([[abs(by)]], device=k.device))
     return apply(k, k, cos, sin if by > 0 else -sin)[1][0].transpose(0, 1)
 
 

@@ -15,7 +15,8 @@ class lora(Method):
     alpha: float = 16.0                    # the update is scaled by alpha / rank
     dropout: float = 0.0
     limits = {"dropout": (0, 1)}
-    peft = dict(type="LORA", layers="linear conv1d", tensors={"lora_A.weight": "A: r in", "lora_B.weight": "B: out r"},
+    peft = dict(type="LORA", layers="linear conv1d embedding", tensors={"lora_A.weight": "A: r in", "lora_B.weight": "B: out r"},
+                of=dict(embedding={"lora_embedding_A": "A: r in", "lora_embedding_B": "B: out r"}),
                 fields=dict(r="rank", lora_dropout="dropout"), factor=("alpha", "rank"), scale=("lora_alpha", "r", 0),
                 patterns="number", sums=True,
                 rounds="to the bit where alpha / rank is a power of two, else to rounding: peft scales the product, lora x")
