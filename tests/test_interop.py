@@ -247,6 +247,48 @@ def test_an_adapter_that_peft_trained(tmp_path):
     assert same(logits(tuned, "llama"), logits(to_peft(tmp_path / "a", "llama"), "llama"), False)
 
 
+@pytest.mark.parametrize("name, block, q, down", [
+    ("vit", ("vit.layers", "vit.encoder.layer"), ("attention.q_proj", "attention.attention.query"), ("mlp.fc2", "output.dense")),
+    ("dinov2", ("", ""), ("attention.q_proj", "attention.attention.query"), ("mlp.fc2", "mlp.fc2"))])
+def test_an_adapter_from_before_transformers_renamed_its_modules(name, block, q, down, tmp_path):
+    """As transformers 4 named them; peft reads such a folder by the same table of renamings."""
+    config = L(target_modules=["q_proj", "fc2"], modules_to_save=["classifier"], rank_pattern={"fc2": 2})
+    peft_made(name, config, tmp_path / "a")
+    want = logits(to_peft(tmp_path / "a", name), name)
+    t = load_file(tmp_path / "a" / files.WEIGHTS)
+    for new, old in (block, q, down):
+        t = {k.replace(new, old): v for k, v in t.items()}
+    save_file(t, tmp_path / "a" / files.WEIGHTS)
+    changed(target_modules=["query", down[1]], rank_pattern={down[1]: 2})(tmp_path / "a")
+    tuned = interop.read(tmp_path / "a", tiny.build(name)).eval()
+    assert logits(tuned, name).equal(want)
+    tensors(lambda t: t.pop(next(k for k in t if "layer.0" in k and "lora_B" in k)))(tmp_path / "a")
+    with pytest.raises(BadState, match="lacks lora_B"):
+        interop.read(tmp_path / "a", tiny.build(name))
+
+
+def test_diffusers_reads_it_too(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+
+    def unet():
+        torch.manual_seed(0)
+        return diffusers.UNet2DConditionModel(
+            sample_size=8, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=16, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=8).eval()
+
+    tuned = luthier.attach(unet(), "lora(at='*.q *.v')").eval()
+    shaken(p for _, p in tuned.trainable())
+    interop.export(tuned, tmp_path / "a")
+    x = torch.randn(2, 4, 8, 8), torch.tensor([1, 5]), torch.randn(2, 5, 16)
+    config, theirs = json.loads((tmp_path / "a" / files.CONFIG).read_text()), unet()
+    found = {k.removeprefix("base_model.model."): t for k, t in load_file(tmp_path / "a" / files.WEIGHTS).items()}
+    theirs.load_lora_adapter(found, prefix=None, metadata={k: config[k] for k in ("r", "lora_alpha", "target_modules")})
+    with torch.no_grad():
+        want = tuned(*x).sample
+        assert theirs(*x).sample.equal(want) and peft.PeftModel.from_pretrained(unet(), tmp_path / "a")(*x).sample.equal(want)
+
+
 def test_a_half_precision_base(tmp_path):
     """A bf16 adapter goes both ways whole; a single-precision one on a bf16 base would be rounded, and is refused."""
     tuned = luthier.attach(tiny.build("llama", torch.bfloat16), "lora()").eval()
@@ -380,7 +422,8 @@ def test_a_folder_saved_from_python_names_its_base(place, tmp_path, capsys):
     ("llama", "randlora(at='attn.q attn.k', rank=4)", "shape"), ("llama", "lora() >> dora(at='attn.o')", "one kind"),
     ("llama", "full(at='attn.o') >> lora(at='attn.o')", "both"), ("vit", "full(at='embed')", "layer|matches|holds more|verb"),
     ("llama", "dora() >> dora()", "twice"),
-    ("gpt2", "lora(at='embed.token head')", "tied"), ("llama", "adalora(at='attn.q') >> adalora(at='attn.o', alpha=3.0)", "different"),
+    ("gpt2", "lora(at='embed.token head')", "tied"),
+    ("llama", "adalora(at='attn.q') >> adalora(at='attn.o', alpha=3.0)", "different"),
     ("vit", "full(at='embed.cls')", "holds more"), ("llama", "spiel(at='attn.k', density=1.0)", "entries"),
     ("bert", "prefix(n=2)", "shifted"), ("gpt2", "full(at='attn.k') >> lora(at='attn.q')", "both"),
 ])

@@ -38,7 +38,7 @@ class Reader:
     def __init__(self, folder, config, base, body, prefix):
         self.folder, self.config, self.base, self.body, self.prefix = folder, config, base, body, prefix
         self.where, self.kind = Path(folder) / files.CONFIG, config["peft_type"]
-        self.every, self.told = sites(base), []
+        self.every, self.told, self.old = sites(base), [], {}
         self.modules = dict(body.named_modules(remove_duplicate=False))
         held = {}
         for s in self.every:
@@ -51,6 +51,7 @@ class Reader:
         if any("prompt" in d for _, d in self._kinds()):
             steps = self._prompted(tensors)
         else:
+            tensors = self._renamed(tensors)
             self._bases(tensors)
             copied = self._split(tensors)
             if self.kind == COPIES:
@@ -72,6 +73,21 @@ class Reader:
 
     def _kinds(self):
         return [(m, d) for m, d in declared().values() if "copies" not in d and self.kind in (d["type"], *d.get("also", ()))]
+
+    def _renamed(self, tensors):
+        """Modules by the names that transformers gives them today, where the adapter is older; `old` remembers its own names."""
+        new = {}
+        for key, t in tensors.items():
+            path = key.removeprefix(ROOT)
+            dots = [i for i, c in enumerate(path) if c == "."]
+            known = any(path[:i] in self.modules and self.modules[path[:i]]._parameters for i in dots)
+            for i in dots[::-1] if key.startswith(ROOT) and not known else ():
+                name = _today(self.body, path[:i])
+                if name != path[:i] and name in self.modules and not self.modules[name]._modules:
+                    self.old[name], key = path[:i], f"{ROOT}{name}{path[i:]}"
+                    break
+            new[key] = t
+        return new
 
     def _bases(self, tensors):
         """Where peft saved an embedding of the base beside the adapter, it must be this base's own."""
@@ -154,7 +170,7 @@ class Reader:
                            "again.")
         if target == "all-linear":
             return
-        wanted = {n for n in every if n and self._targeted(n)}
+        wanted = {n for n in every if n and self._targeted(self.old.get(n, n))}
         for path in sorted(paths - wanted):
             raise BadState(f"{self.folder} has tensors for {path}, which target_modules does not select: peft would leave them "
                            "out. "
@@ -206,7 +222,7 @@ class Reader:
             state, hyper = self._try(path, d["read"], ts | common, held[0], self.config)
             return [(tuple({**hyper, **d.get("given", {})}.items()), held[0], state)]
         n = held[0].whole(held[0].parameter).shape[0]
-        layout = {k: self._which(d, lines[k], path) for k in ts}
+        layout = {k: self._which(d, lines[k], self.old.get(path, path)) for k in ts}
         sizes = {"out": n, "in": held[0].d_in}
         rank = None
         for k, t in ts.items():
@@ -282,9 +298,10 @@ class Reader:
         if "factor" in d:
             alpha, r, eps = d["scale"]
             whole(c, r, self.where)
-            top, size = self._pattern("alpha_pattern", path, c.get(alpha)), c[r]
+            name = self.old.get(path, path)
+            top, size = self._pattern("alpha_pattern", name, c.get(alpha)), c[r]
             if d.get("patterns") == "number":
-                size = self._pattern("rank_pattern", path, size)
+                size = self._pattern("rank_pattern", name, size)
                 if size != rank:
                     raise BadState(f"{self.folder}: {path} has rank {rank}, and {files.CONFIG} says {size!r:.20}. One of them "
                                    "is from "
@@ -399,6 +416,19 @@ class Reader:
         tuned = attach(model, chain, name=name, state=filler)
         tuned.extra, tuned.told = {}, list(dict.fromkeys(self.told))
         return tuned
+
+
+def _today(model, path):
+    """The name that transformers gives a module today, by its own table of renamings."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:                                    # before transformers 5 nothing was renamed
+        return path
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return path
+    table = [r for r in get_model_conversion_mapping(model) if type(r) is WeightRenaming]
+    return rename_source_key(f"{path}.weight", table, [])[0].removesuffix(".weight")
 
 
 def _selector(every, wanted):
