@@ -785,6 +785,16 @@ def test_no_method_is_named_in_the_generic_code():
     assert not (set(luthier.discover()) - own) & words
 
 
+def test_declarations_say_nothing_that_nobody_reads():
+    known = set("""type also when layers tensors of fields factor scale patterns rest sums listed given settings prepare write read
+        common prompt copies rounds names shared reads""".split())
+    text = (ROOT / "luthier" / "interop" / "settings.py").read_text().partition("import json")[0]
+    for name, m in luthier.discover().items():
+        d = getattr(m, "peft", None) or {}
+        assert set(d) <= known, (name, set(d) - known)
+        assert all(re.search(rf"^    .*\b{k}\b", text, re.M) for k in d), name
+
+
 def test_layouts():
     one, = layouts("P: r out -> out r")
     t = torch.arange(6.0).view(2, 3)

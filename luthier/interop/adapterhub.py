@@ -62,8 +62,7 @@ def read(folder, config, model, name=None):
     width, size = getattr(getattr(base, "config", None), "hidden_size", None), config.get("hidden_size")
     if size is not None and width != size:
         raise WrongBase(f"{folder} was made for a {config.get('model_type')} of width {size}; this {type(base).__name__} has "
-                        f"{width}. "
-                        "Load the base it was made for.")
+                        f"{width}. Load the base it was made for.")
     tensors = files.tensors(folder, WEIGHTS, (PICKLED,))
     reader = Hub(folder, config, base)
     step = reader.bottlenecks(m, d, said, tensors)
@@ -87,8 +86,7 @@ class Hub(Reader):
             hit = KEY.fullmatch(key)
             if hit is None or hit["tensor"] not in d["tensors"]:
                 raise DoesNotFit(f"{self.folder}: {key!r:.120} is no tensor of a bottleneck that {m.__name__} has. Save the "
-                                 "adapter "
-                                 "without it, or use AdapterHub itself.")
+                                 "adapter without it, or use AdapterHub itself.")
             names.add(hit["name"])
             found.setdefault(hit["host"].removesuffix(".output_adapters"), {})[d["tensors"][hit["tensor"]]] = t
         if len(names) > 1:
@@ -100,8 +98,7 @@ class Hub(Reader):
                       and any(host.endswith("." + place) and s.role == role for place, role in d["places"].items())), None)
             if s is None:
                 raise WrongBase(f"{self.folder} has an adapter at {host!r:.100}, which a {type(self.body).__name__} has not. "
-                                "Load the "
-                                f"base it was made for ({self.config.get('model_type')}).")
+                                f"Load the base it was made for ({self.config.get('model_type')}).")
             if state.keys() != set(d["tensors"].values()) or state["D"].dim() != 2:
                 raise BadState(f"{self.folder}: at {host} there is only {', '.join(state)}. The file is incomplete.")
             if width not in (None, len(state["D"])):
@@ -112,8 +109,7 @@ class Hub(Reader):
         lost = sorted({s.block for s in every if s.role in d["places"].values()} - blocks - set(said.get("leave_out") or ()))
         if lost:
             raise BadState(f"{self.folder}: block {lost[0]} has no adapter in the file, and leave_out does not name it. The "
-                           "file is "
-                           "incomplete, or this base has more blocks than the one it was made for.")
+                           "file is incomplete, or this base has more blocks than the one it was made for.")
         for s in every:                                    # places that the method only reads
             if s.block in blocks and s.role not in d["places"].values() and s.kind == "stream":
                 states[s] = {}
@@ -126,8 +122,7 @@ class Hub(Reader):
         if not (folder / HEAD).exists():
             if (folder / PICKLED_HEAD).exists():
                 self.told.append(f"Its head is a pickle, {PICKLED_HEAD}, and was left aside. To have it too, convert it in "
-                                 "that folder: "
-                                 f"{files.CONVERT % (PICKLED_HEAD, HEAD)}")
+                                 f"that folder: {files.CONVERT % (PICKLED_HEAD, HEAD)}")
             return []
         said = files.words(folder / "head_config.json") if (folder / "head_config.json").exists() else {}
         kind, tensors = said.get("config") or {}, files.tensors(folder, HEAD, ())

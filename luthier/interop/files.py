@@ -21,8 +21,7 @@ def place(folder):
     if not folder.is_dir():
         near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
         raise BadState(f"{folder} is {'a file' if folder.exists() else 'not there'}. Give a folder with {CONFIG}; hub ids are "
-                       "not "
-                       f"fetched: download the folder first. {near}")
+                       f"not fetched: download the folder first. {near}")
     return folder
 
 
@@ -70,8 +69,7 @@ def tensors(folder, name=WEIGHTS, pickled=("adapter_model.bin", "adapter_model.p
         bad = next((p for p in pickled if (path.parent / p).exists()), None)
         if bad:
             raise BadState(f"{path.parent} holds its weights as a pickle, {bad}. Pickles can run code, and are never read. If "
-                           "you "
-                           f"trust it, convert it once, in that folder: {CONVERT % (bad, name)}")
+                           f"you trust it, convert it once, in that folder: {CONVERT % (bad, name)}")
         sharded = [p.name for p in path.parent.iterdir() if p.name.endswith(".index.json")]
         raise BadState(f"{path.parent} holds no {name}"
                        + (f"; it is in shards ({sharded[0]}). Save it again in one file." if sharded else ". Save it again."))

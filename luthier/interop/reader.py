@@ -99,8 +99,7 @@ class Reader:
             if mine is None or not key.startswith(ROOT) or self._kept(path):
                 continue
             if mine.shape != tensors[key].shape or not mine.detach().cpu().equal(tensors[key].to(mine.dtype)):
-                raise WrongBase(f"{self.folder} carries a {path}.{param} of {tuple(tensors[key].shape)} that is not this "
-                                "base's "
+                raise WrongBase(f"{self.folder} carries a {path}.{param} of {tuple(tensors[key].shape)} that is not this base's "
                                 f"{tuple(mine.shape)}: the base was changed (new tokens?) before it was tuned. Load that base.")
             del tensors[key]
 
@@ -118,13 +117,11 @@ class Reader:
         for key in list(tensors):
             if key.startswith(ROOT) and self._kept(key[len(ROOT):].rpartition(".")[0]):
                 out[key] = tensors.pop(key)
-        if words and not out and self.kind != COPIES:
-            heads = [w for w in words if any(n.endswith(w) for n in self.modules)]
-            if heads:
-                raise BadState(f"{self.folder}: modules_to_save names {heads[0]!r}, and the file has no tensor of it. Save it "
-                               "again.")
-            self.told.append(f"modules_to_save names {', '.join(words)}, which this model does not have; the file holds "
-                             "nothing of it.")
+        for w in words:
+            if not any(f".{k}".count(f"{w}.") for k in out):
+                if any(n.endswith(w) and any(True for _ in m.parameters()) for n, m in self.modules.items()):
+                    raise BadState(f"{self.folder}: modules_to_save names {w!r}, and the file has no tensor of it. Save again.")
+                self.told.append(f"modules_to_save names {w!r}, which this model does not have; the file holds nothing of it.")
         return out
 
     # ---- one adapter a module
@@ -173,8 +170,7 @@ class Reader:
         wanted = {n for n in every if n and self._targeted(self.old.get(n, n))}
         for path in sorted(paths - wanted):
             raise BadState(f"{self.folder} has tensors for {path}, which target_modules does not select: peft would leave them "
-                           "out. "
-                           "Correct target_modules, or take the adapter from its source.")
+                           "out. Correct target_modules, or take the adapter from its source.")
         lost = sorted(wanted - paths)
         lost = [n for n in lost if any(n == p for p, _ in self.held)]
         if lost:
@@ -207,8 +203,7 @@ class Reader:
         if not held:
             what = next((s.layout for s in self.held.get((path, "weight"), ())), type(module).__name__)
             raise DoesNotFit(f"{self.folder}: {path} is a {what}, and {m.__name__} is read at "
-                             f"{d['layers'].replace(' ', ' or ')} "
-                             "layers only. Merge in peft first.")
+                             f"{d['layers'].replace(' ', ' or ')} layers only. Merge in peft first.")
         lines = tensors_of(d, held[0].layout) if "tensors" in d else dict.fromkeys(d["names"])
         lost = [k for k in lines if k not in ts]
         if lost or ts.keys() - lines.keys():
@@ -217,8 +212,7 @@ class Reader:
         if "read" in d:
             if len(held) > 1 or held[0].rows is not None:
                 raise DoesNotFit(f"{self.folder}: {path} is several weights in one module, and {self.kind} of the whole is "
-                                 "none of its "
-                                 "parts. Merge in peft first.")
+                                 "none of its parts. Merge in peft first.")
             state, hyper = self._try(path, d["read"], ts | common, held[0], self.config)
             return [(tuple({**hyper, **d.get("given", {})}.items()), held[0], state)]
         n = held[0].whole(held[0].parameter).shape[0]
@@ -242,8 +236,7 @@ class Reader:
             if s.rows is not None:
                 if any(layout[k].axis("out") is None and layout[k].axis("r") is None for k in ts):
                     raise DoesNotFit(f"{self.folder}: {path} is several weights in one module, and {', '.join(ts)} act on the "
-                                     "input of "
-                                     "all of them. Merge in peft first.")
+                                     "input of all of them. Merge in peft first.")
                 cut = self._trimmed(d, layout, cut, s)
                 if cut is None:
                     continue
@@ -304,8 +297,7 @@ class Reader:
                 size = self._pattern("rank_pattern", name, size)
                 if size != rank:
                     raise BadState(f"{self.folder}: {path} has rank {rank}, and {files.CONFIG} says {size!r:.20}. One of them "
-                                   "is from "
-                                   "another adapter.")
+                                   "is from another adapter.")
             elif rank is not None and rank > size:
                 raise BadState(f"{self.folder}: {path} has rank {rank}, more than {r}={size}. One of them is from another "
                                "adapter.")
@@ -327,8 +319,7 @@ class Reader:
             return fn(*args)
         except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as e:
             raise WrongBase(f"{self.folder}: {what} does not fit ({' '.join(str(e).split())[:160]}). Load the base it was made "
-                            "for, or "
-                            "take the adapter from its source.") from None
+                            "for, or take the adapter from its source.") from None
 
     # ---- one tensor for the whole model
     def _prompted(self, tensors):
@@ -340,8 +331,7 @@ class Reader:
                              f"{' and '.join(sorted(set(TASKS.values())))}.")
         if list(tensors) != ["prompt_embeddings"] or tensors["prompt_embeddings"].dim() != 2:
             raise BadState(f"{self.folder}: a prompt is one tensor, prompt_embeddings, of two axes; here are "
-                           f"{', '.join(tensors)[:100]}. "
-                           "Save it again.")
+                           f"{', '.join(tensors)[:100]}. Save it again.")
         t = tensors["prompt_embeddings"]
         double = self.config.get("num_transformer_submodules") == 2 and len(t) == 2 * n
         if len(t) != n and not double:
@@ -369,8 +359,7 @@ class Reader:
                 P = fetch(s.module, param)
                 if t.shape != P.shape:
                     raise WrongBase(f"{self.folder}: {path}.{param} has shape {tuple(t.shape)}, and this base's "
-                                    f"{tuple(P.shape)}. Load "
-                                    "the base it was made for.")
+                                    f"{tuple(P.shape)}. Load the base it was made for.")
                 groups.setdefault(s, {})["bias" if param == s.bias else "weight"] = (s.read_b if param == s.bias else s.read)(t)
         if not groups:
             return []
@@ -481,19 +470,16 @@ class Filler:
             old = made.get(k)
             if not isinstance(old, torch.Tensor):
                 raise DoesNotFit(f"{self.folder}: at {site}, {m!r} has no {k} (it has {', '.join(made) or 'nothing'}): what "
-                                 "the file "
-                                 "does there is something else. Merge it in the tool that wrote it.")
+                                 "the file does there is something else. Merge it in the tool that wrote it.")
             if t.shape != old.shape and not (m.has("step") and t.dim() == old.dim()):
                 raise WrongBase(f"{self.folder}: {k} at {site} has shape {tuple(t.shape)}, and {m!r} makes it "
-                                f"{tuple(old.shape)} on this "
-                                "base. Load the base it was made for.")
+                                f"{tuple(old.shape)} on this base. Load the base it was made for.")
             if t.is_floating_point() != old.is_floating_point():
                 raise BadState(f"{self.folder}: {k} at {site} is {t.dtype}, and {m!r} makes it {old.dtype}.")
             cast = t.to(old.dtype)
             if not cast.to(t.dtype).equal(t):
                 raise DoesNotFit(f"{self.folder}: {k} at {site} is {t.dtype}, and this base is {old.dtype}, which would round "
-                                 "it. Load "
-                                 "the base in the adapter's precision.")
+                                 "it. Load the base in the adapter's precision.")
             cast = cast.to(old.device) if not old.is_meta else cast
             new[k] = nn.Parameter(cast.clone()) if isinstance(old, nn.Parameter) else self._once(old, cast)
         missing = [k for k, v in made.items() if isinstance(v, nn.Parameter) and k not in state]

@@ -14,7 +14,9 @@ A method is read and written by a class attribute `peft`, a dict of:
     listed           {setting: state tensor}: a list of the modules whose state has that tensor
     given            hyperparameters of what was read
     settings         further settings to write
-    prepare, write, read, common      functions in place of `tensors` (see randlora, spiel)
+    names, shared    in place of `tensors`: the tensors' names, at each module and once for all,
+    prepare, write, read, common      and the functions that make them
+    reads            settings of peft that mean nothing more than the tensors say
     prompt           the same for the one tensor of a prompt: write, read, why
     copies           {parameter: state tensor}: the method keeps a module's parameters whole; modules_to_save, or alone LN_TUNING
     rounds           where logits agree to rounding only, and why; absent: equal to the bit
@@ -112,8 +114,7 @@ def understood(folder, config):
                 raise DoesNotFit(f"{where}: {key}={json.dumps(value)[:60]} cannot be represented: {why}.")
         elif key not in INERT | READ | own | NEUTRAL.keys() and value not in (None, False, [], {}, ""):
             raise DoesNotFit(f"{where}: the setting {key}={json.dumps(value)[:60]} is not known here, and nothing is left out "
-                             "unread. "
-                             f"{nearest(key, INERT | READ | own | NEUTRAL.keys())}")
+                             f"unread. {nearest(key, INERT | READ | own | NEUTRAL.keys())}")
     for key, values in {k: {v for d in known[kind] if (v := d.get("when", {}).get(k)) is not None} | {False, None}
                         for d in known[kind] for k in d.get("when", ())}.items():
         if config.get(key) not in values:

@@ -100,8 +100,7 @@ def _exportable(tuned, folder, base):
         if not isinstance(getattr(m, "peft", None), dict):
             known = ", ".join(declared())
             raise DoesNotFit(f"peft has nothing that computes what {type(m).__name__} does. It has: {known}. Where the change "
-                             "is one "
-                             "of weights, `luthier merge` writes a plain model that any tool loads.")
+                             "is one of weights, `luthier merge` writes a plain model that any tool loads.")
 
 
 def _parts(tuned):
@@ -118,8 +117,7 @@ def _copied(part, have):
     s, m, names = part.site, part.site.module, part.d["copies"]
     if s.param != "weight" or any(True for _ in m.children()):
         raise DoesNotFit(f"{part.name}: peft keeps modules whole, and {s.path}.{s.param} is a parameter of a module that holds "
-                         "more. "
-                         f"Leave it out with {type(part.method).__name__}(at=\"{part.method.at} -{s.name}\").")
+                         f"more. Leave it out with {type(part.method).__name__}(at=\"{part.method.at} -{s.name}\").")
     new = dict(have)
     for param, tensor in names.items():
         if (t := getattr(part.p, tensor, None)) is None:
@@ -138,8 +136,7 @@ def _adapter(parts, at, body, notes):
     for p in parts:
         if (p.d["type"], p.d.get("when")) != (d["type"], d.get("when")):
             raise DoesNotFit(f"A peft folder holds one kind of adapter, and this chain has {type(parts[0].method).__name__} "
-                             "and "
-                             f"{type(p.method).__name__}. Export them one by one, or merge() one of them first.")
+                             f"and {type(p.method).__name__}. Export them one by one, or merge() one of them first.")
         if p.view is not p.site:
             raise DoesNotFit(f"{p.name}: this weight is tied to {p.view.name} and changes with it, which peft has no word for. "
                              f"Choose one of the two: {type(p.method).__name__}(at=\"{p.method.at} -{p.site.name}\").")
@@ -182,8 +179,7 @@ def _module(path, parts, config, notes):
     if "write" in d or len(parts) == 1 and first.site.rows is None:
         if len(parts) > 1 or first.site.rows is not None:
             raise DoesNotFit(f"{path} is several weights in one module, and {d['type']} of one part of it is no adapter of the "
-                             "whole. "
-                             f"Use {type(first.method).__name__} on modules of one weight, or merge() it.")
+                             f"whole. Use {type(first.method).__name__} on modules of one weight, or merge() it.")
         if "write" in d:
             return d["write"](first.p, first.site, config), None, factor
         layout = _present(first)
@@ -224,8 +220,7 @@ def _joined(path, parts, n, notes):
         out, r = one.axis("out"), one.axis("r")
         if out is None and r is None:
             raise DoesNotFit(f"{path} is several weights in one module, and {k} of {first.name} belongs to one of them alone. "
-                             "Use "
-                             f"{type(first.method).__name__} on modules of one weight, or merge() it.")
+                             f"Use {type(first.method).__name__} on modules of one weight, or merge() it.")
         if out is None:
             new[k] = whole[0][k] if alike else torch.cat([w[k] for w in whole], r)
             continue
@@ -267,8 +262,7 @@ def _scales(config, d, ranks, factors):
         return
     if len(set(factors.values())) > 1:
         raise DoesNotFit(f"{d['type']} has one {alpha} for all modules, and this chain has {len(set(factors.values()))} "
-                         "different "
-                         "scales. Export the steps one by one.")
+                         "different scales. Export the steps one by one.")
     full = config[rank] = max([config[rank], *(r for r in ranks.values() if r)])
     config[alpha] = _number(next(iter(factors.values())) * (full + eps))
     lost = {path: r for path, r in ranks.items() if r is not None and r != full}
@@ -308,8 +302,7 @@ def _targets(paths, body):
         if {n for n in every if selected(words, n)} == set(paths):
             return words
     raise DoesNotFit(f"peft selects modules by the end of their names, and that selects more than "
-                     f"{', '.join(sorted(paths)[:3])} in "
-                     f"this {type(body).__name__}.")
+                     f"{', '.join(sorted(paths)[:3])} in this {type(body).__name__}.")
 
 
 def _saved(paths, body):
