@@ -515,7 +515,7 @@ MALFORMED = {                                # what was done to a good folder: t
     "another width": (tensors(lambda t: t.__setitem__(A0, torch.zeros(4, 48))), WrongBase, "this base's"),
     "three axes": (tensors(lambda t: t.__setitem__(A0, torch.zeros(4, 32, 1))), WrongBase, "does not fit"),
     "another rank": (changed(r=8), BadState, "has rank 4"),
-    "a rank that is no number": (changed(r="4"), BadState, "whole number"),
+    "a rank that is no number": (changed(r="4"), BadState, "no value"),
     "a negative rank": (changed(r=-4), BadState, "whole number"),
     "alpha that is no number": (changed(lora_alpha="big"), BadState, "must be a number"),
     "alpha beyond all numbers": (changed(lora_alpha=10**400), BadState, "must be a number"),
@@ -532,6 +532,10 @@ MALFORMED = {                                # what was done to a good folder: t
     "a rank pattern that is a list": (changed(rank_pattern=["q_proj"]), BadState, "rank_pattern must be"),
     "a rank pattern of text": (changed(rank_pattern={"q_proj": "x"}), BadState, "rank"),
     "a switch that is no switch": (changed(use_dora="yes"), BadState, "use_dora"),
+    "a switch that is a table": (changed(use_dora={"a": 1}), BadState, "use_dora"),
+    "a switch that is no number": (changed(use_rslora=float("nan")), BadState, "use_rslora"),
+    "a dropout that is a list": (changed(lora_dropout=[0.1]), BadState, "lora_dropout"),
+    "layers of a pattern": (changed(target_modules=".*q_proj", layers_to_transform=[0]), BadState, "layers_to_transform"),
     "dora without magnitudes": (changed(use_dora=True), BadState, "lacks lora_magnitude_vector"),
     "a saved module that is not in the file": (changed(modules_to_save=["lm_head"]), BadState, "has no tensor of it"),
     "trained biases": (changed(bias="all"), DoesNotFit, "bias=.*own biases"),
@@ -786,8 +790,8 @@ def test_no_method_is_named_in_the_generic_code():
 
 
 def test_declarations_say_nothing_that_nobody_reads():
-    known = set("""type also when layers tensors of fields factor scale patterns rest sums listed given settings prepare write read
-        common prompt copies rounds names shared reads""".split())
+    known = set("type also when layers tensors of fields factor scale patterns rest sums listed given settings prepare write "
+                "read common prompt copies rounds names shared reads".split())
     text = (ROOT / "luthier" / "interop" / "settings.py").read_text().partition("import json")[0]
     for name, m in luthier.discover().items():
         d = getattr(m, "peft", None) or {}

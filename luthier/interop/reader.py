@@ -292,8 +292,9 @@ class Reader:
             alpha, r, eps = d["scale"]
             whole(c, r, self.where)
             name = self.old.get(path, path)
-            top, size = self._pattern("alpha_pattern", name, c.get(alpha)), c[r]
-            if d.get("patterns") == "number":
+            numbers = d.get("patterns") == "number"
+            top, size = self._pattern("alpha_pattern", name, c.get(alpha)) if numbers else c.get(alpha), c[r]
+            if numbers:
                 size = self._pattern("rank_pattern", name, size)
                 if size != rank:
                     raise BadState(f"{self.folder}: {path} has rank {rank}, and {files.CONFIG} says {size!r:.20}. One of them "
@@ -301,9 +302,9 @@ class Reader:
             elif rank is not None and rank > size:
                 raise BadState(f"{self.folder}: {path} has rank {rank}, more than {r}={size}. One of them is from another "
                                "adapter.")
-            if type(top) not in (int, float) or not -1e30 < top < 1e30:
+            if type(top) not in (int, float) or not -1e30 < top < 1e30 or eps and top <= 0:
                 raise BadState(f"{self.where}: {alpha} must be a number, not {json.dumps(top)[:40]}.")
-            factor = top / math.sqrt(size) if c.get("use_rslora") else top / (size + eps)
+            factor = top / math.sqrt(size) if c.get("use_rslora") and numbers else top / (size + eps)
             names = d["factor"]
             hyper |= {names[0]: factor * size, names[1]: size} if len(names) > 1 else {names[0]: factor}
         return hyper
@@ -336,6 +337,8 @@ class Reader:
         double = self.config.get("num_transformer_submodules") == 2 and len(t) == 2 * n
         if len(t) != n and not double:
             raise BadState(f"{self.folder}: prompt_embeddings has {len(t)} rows, and {files.CONFIG} says {n} virtual tokens.")
+        if self.config.get("modules_to_save"):
+            raise DoesNotFit(f"{self.where}: modules_to_save beside a prompt is not read. Save the prompt without it.")
         here = [s for s in find(self.every, m.at) if s.tower in ("", "encoder" if task == "SEQ_2_SEQ_LM" else "")]
         for s in here:
             if why := d["prompt"]["why"](s):

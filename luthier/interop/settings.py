@@ -115,10 +115,18 @@ def understood(folder, config):
         elif key not in INERT | READ | own | NEUTRAL.keys() and value not in (None, False, [], {}, ""):
             raise DoesNotFit(f"{where}: the setting {key}={json.dumps(value)[:60]} is not known here, and nothing is left out "
                              f"unread. {nearest(key, INERT | READ | own | NEUTRAL.keys())}")
-    for key, values in {k: {v for d in known[kind] if (v := d.get("when", {}).get(k)) is not None} | {False, None}
-                        for d in known[kind] for k in d.get("when", ())}.items():
-        if config.get(key) not in values:
+    values = {k: [False, None, *(v for d in known[kind] if (v := d.get("when", {}).get(k)) is not None)]
+              for d in known[kind] for k in d.get("when", ())}
+    for key, fit in (values | dict(use_rslora=[False, None, True], num_transformer_submodules=[None, 1, 2])).items():
+        if config.get(key) not in fit:
             raise BadState(f"{where}: {key}={json.dumps(config[key])[:60]} is no value of this setting.")
+    for key in {k for d in known[kind] for k in d.get("fields", ())} & config.keys():
+        if isinstance(config[key], list | dict | str):
+            raise BadState(f"{where}: {key}={json.dumps(config[key])[:60]} is no value of this setting.")
+    forms = {d.get("patterns") for d in known[kind]} - {None}
+    for key, used in dict(rank_pattern=bool(forms), alpha_pattern="number" in forms).items():
+        if config.get(key) and not used:
+            raise DoesNotFit(f"{where}: {key} says nothing for {kind}, and nothing is left out unread. Is it a slip?")
     for key, kinds in dict(target_modules=(list, str), exclude_modules=(list, str), modules_to_save=(list,), rank_pattern=(dict,),
                            alpha_pattern=(dict,), layers_to_transform=(list, int), layers_pattern=(list, str),
                            feedforward_modules=(list, str)).items():
@@ -128,6 +136,10 @@ def understood(folder, config):
         if value is not None and (type(value) not in kinds or any(type(w) is not (int if whole else str) for w in words)):
             raise BadState(f"{where}: {key} must be a {' or a '.join(k.__name__ for k in kinds)} of "
                            f"{'numbers' if whole else 'names'}, not {json.dumps(value)[:60]}.")
+    layers = config.get("layers_to_transform")
+    if config.get("layers_pattern") and layers is None or isinstance(config.get("target_modules"), str) and layers is not None:
+        raise BadState(f"{where}: layers_to_transform goes with a list of target_modules, and layers_pattern with "
+                       "layers_to_transform; peft refuses other combinations too.")
     for text in _patterns(config):
         _pattern(where, text)
 
