@@ -769,6 +769,37 @@ def test_the_published_checkpoint(data, tmp_path, monkeypatch):
         assert (got - model(IDS).logits).abs().max() < 5e-6
 
 
+def test_a_bottleneck_with_its_head_and_labels_by_the_command_line(tmp_path, capsys):
+    model = xlmr()
+    model.save_pretrained(tmp_path / "base")
+    hub(tmp_path / "a", model, SEQ, ("output",))
+    shapes = {"1.weight": (32, 32), "1.bias": (32,), "4.weight": (3, 32), "4.bias": (3,)}
+    head = {f"heads.mine.{k}": torch.randn(s) for k, s in shapes.items()}
+    save_file(head, tmp_path / "a" / "model_head.safetensors")
+    said = dict(head_type="classification", layers=2, activation_function="tanh", label2id=dict(Neg=0, Neu=1, Pos=2))
+    (tmp_path / "a" / "head_config.json").write_text(json.dumps(dict(config=said)))
+    code, out, err = run(capsys, "import", tmp_path / "a", "--model", tmp_path / "base", "--out", tmp_path / "b", "--json")
+    assert code == 0 and json.loads(out) == {"chain": "pfeiffer(width=4) >> full(at='classifier.dense.weight head')", "notes": []}
+    task = json.loads((tmp_path / "b" / "recipe.json").read_text())["extra"]["task"]
+    assert task["labels"] == ["Neg", "Neu", "Pos"] and task["options"] == {"own": True}
+    tuned = luthier.load(model, tmp_path / "b").eval()
+    with torch.no_grad():
+        dense = [p for p in tuned.states.values() if hasattr(p, "W")]
+        assert dense[0].W.equal(head["heads.mine.1.weight"]) and dense[1].b.equal(head["heads.mine.4.bias"])
+
+
+@pytest.mark.parametrize("record", ['{"extra": 5}', '{"extra": {"task": 5}}', '{"extra": {"task": {"kind": "nothing"}}}', '[]',
+                                    '{"extra": {"task": {"kind": "text-classification", "roles": 1, "metric": [], "options": {}}}}'])
+def test_a_record_that_makes_no_sense_is_refused(record, good, place, tmp_path, capsys):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for f in good.iterdir():
+        (folder / f.name).write_bytes(f.read_bytes())
+    (folder / files.OURS).write_text(record)
+    code, _, err = run(capsys, "import", folder, "--model", place / "llama", "--out", tmp_path / "o")
+    assert code == 2 and "defect" not in err and not (tmp_path / "o").exists(), err
+
+
 @pytest.fixture(scope="module")
 def data():
     import os

@@ -58,8 +58,8 @@ def import_folder(folder, model, out):
         raise BadState(f"{out} holds a tuned model already. Choose another folder, or move it away.")
     files.config(folder)
     model = os.path.abspath(model) if os.path.isdir(model) else model
-    extra, base, notes = files.recorded(folder).get("extra") or {}, None, []
-    if "task" in extra:
+    extra, notes = files.recorded(folder).get("extra"), []
+    if isinstance(extra, dict) and "task" in extra:
         from .. import tasks
 
         with save._sense(Path(folder) / files.OURS):
