@@ -788,8 +788,9 @@ def test_a_bottleneck_with_its_head_and_labels_by_the_command_line(tmp_path, cap
         assert dense[0].W.equal(head["heads.mine.1.weight"]) and dense[1].b.equal(head["heads.mine.4.bias"])
 
 
-@pytest.mark.parametrize("record", ['{"extra": 5}', '{"extra": {"task": 5}}', '{"extra": {"task": {"kind": "nothing"}}}', '[]',
-                                    '{"extra": {"task": {"kind": "text-classification", "roles": 1, "metric": [], "options": {}}}}'])
+@pytest.mark.parametrize("record", [
+    '{"extra": 5}', '{"extra": {"task": 5}}', '{"extra": {"task": {"kind": "nothing"}}}', '[]',
+    '{"extra": {"task": {"kind": "text-classification", "roles": 1, "metric": [], "options": {}}}}'])
 def test_a_record_that_makes_no_sense_is_refused(record, good, place, tmp_path, capsys):
     folder = tmp_path / "a"
     folder.mkdir()
