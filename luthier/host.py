@@ -224,6 +224,9 @@ class Patch:
         ready, self.ready = self.ready, _Ready()
         if ready.fits(x):
             return ready.products
+        if not torch.is_grad_enabled():                     # alone: the same bits whatever else there is
+            return [((e, f), thin.down(rows.to(dtype), [f["A"].to(dtype)], e.state.training and f.get("dropout"))[0])
+                    for e, f in self._factors()]
         groups = {m: m._factors() for m in [self, *self.mates]}
         kinds = defaultdict(list)                           # those with a dropout of their own are made on their own
         for e, f in (pair for pairs in groups.values() for pair in pairs):
@@ -294,10 +297,10 @@ class _Ready:
     """What was made of an input, for whoever is called with that very tensor next. A copy of a model starts without."""
 
     def __init__(self, x=None, products=()):
-        self.x, self.products, self.grad = x is not None and weakref.ref(x), products, torch.is_grad_enabled()
+        self.x, self.products = x is not None and weakref.ref(x), products
 
     def fits(self, x):
-        return self.x and self.x() is x and self.grad == torch.is_grad_enabled()
+        return self.x and self.x() is x
 
     def __deepcopy__(self, memo):
         return _Ready()
