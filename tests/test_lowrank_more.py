@@ -1,0 +1,139 @@
+"""Low-rank methods with schedules, gradient transforms and grown or cut ranks: golden numbers, files, whole small models."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import luthier
+from luthier import tiny
+from luthier.errors import ScheduleNotStepped
+from luthier.method import parse
+from luthier.state import State
+
+
+def state(**tensors):
+    """A state outside any model; plain lists become trained tensors."""
+    return State({k: nn.Parameter(torch.tensor(v, dtype=torch.float64)) if isinstance(v, list) else v
+                  for k, v in tensors.items()}, "0:test", "head")
+
+
+def layer(d_in=5, d_out=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(d_in, d_out, dtype=torch.float64))
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
+    return model, torch.randn(7, d_in, generator=g, dtype=torch.float64)
+
+
+def only(tuned):
+    return next(iter(tuned.states.values()))
+
+
+def stir(tuned, by=0.3, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    for _, t in tuned.trainable():
+        t.data += by * torch.randn(t.shape, generator=g, dtype=t.dtype)
+    return tuned
+
+
+def fit(tuned, name, steps, lr=0.02, each=lambda k: None, optimizer=torch.optim.Adam):
+    """Steps of training a tiny model to some fixed random outputs."""
+    batch = tiny.batch(name)
+    want = torch.randn(tiny.output(tuned, batch).shape, generator=torch.Generator().manual_seed(2))
+    tuned.train()
+    tuned.total_steps = tuned.total_steps or steps
+    opt, losses = optimizer([t for _, t in tuned.trainable()], lr=lr), []
+    for k in range(1, steps + 1):
+        loss = (tiny.output(tuned, batch) - want).square().mean() + tuned.penalty()
+        loss.backward()
+        losses.append(loss.item())
+        opt.step()
+        tuned.step(opt)
+        opt.zero_grad()
+        each(k)
+    return losses, opt
+
+
+def through_a_file(tuned, name, folder):
+    """What a loaded copy computes and holds is the saved one's, to the bit; merged it computes the same."""
+    y = tiny.output(tuned.eval(), tiny.batch(name)).detach()
+    tuned.save(folder)
+    again = luthier.load(tiny.build(name), folder).eval()
+    assert torch.equal(tiny.output(again, tiny.batch(name)), y)
+    a, b = tuned.states.state_dict(), again.states.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    torch.testing.assert_close(tiny.output(again.merge(), tiny.batch(name)), y, rtol=1e-4, atol=1e-4)
+    return again.unmerge()
+
+
+# -- SoRA -----------------------------------------------------------------------------------------------------------------
+
+
+def test_sora_by_hand():
+    m, = parse("sora(rank=2, alpha=4.0)")
+    p = state(A=[[1.0, 2.0], [3.0, 4.0]], g=[0.5, -1.0], B=[[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    # alpha / r = 2;  Bᵀ diag(g) A = [1 0; 0 1; 2 1] diag(.5, -1) [1 2; 3 4]
+    delta = torch.tensor([[0.5, 1.0], [-3.0, -4.0], [-2.0, -2.0]], dtype=torch.float64)
+    W = torch.arange(6.0, dtype=torch.float64).view(3, 2)
+    torch.testing.assert_close(m.weight(W, p), W + 2 * delta, rtol=0, atol=0)
+
+
+def test_sora_gates_find_the_lasso_solution():
+    """Gradient steps of η on ½‖g - a‖² and T_ξ end at the minimum of ½‖g - a‖² + λ‖g‖₁ with λ = ξ / η, known in closed form."""
+    model, _ = layer()
+    tuned = luthier.attach(model, "sora(rank=6, xi=0.05, at='head')")
+    p, eta, a = only(tuned), 0.25, torch.tensor([1.0, -0.6, 0.19, -0.21, 0.0, 0.2], dtype=torch.float64)
+    opt, tuned.total_steps = torch.optim.SGD([p.g], lr=eta), 10**6
+    for _ in range(300):
+        opt.zero_grad()
+        (0.5 * (p.g - a).square().sum()).backward()
+        opt.step()
+        tuned.step(opt)
+    wanted = torch.tensor([0.8, -0.4, 0.0, -0.01, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(p.g.detach(), wanted, rtol=0, atol=1e-9)
+    assert (p.g[[2, 4, 5]] == 0).all()                                          # zeros to the bit
+
+
+def test_sora_schedule_by_hand():
+    m, = parse("sora(xi=0.1, peak=0.5, stages=3)")
+    assert [round(m.threshold(k, 9), 9) for k in range(1, 10)] == [0.1] * 3 + [0.3] * 3 + [0.5] * 3
+    assert {parse("sora(xi=0.1)")[0].threshold(k, 9) for k in range(1, 10)} == {0.1}
+    with pytest.raises(ScheduleNotStepped, match="total_steps"):
+        luthier.attach(tiny.build("vit"), "sora()").step()
+
+
+def test_sora_penalty_is_the_mean_gate():
+    tuned = luthier.attach(tiny.build("vit"), "sora(rank=3, penalty=2.0)")
+    gates = torch.cat([p.g for p in tuned.states.values()])
+    torch.testing.assert_close(tuned.penalty(), 2 * gates.abs().mean())
+    assert luthier.attach(tiny.build("vit"), "sora(rank=3)").penalty() == 0
+
+
+def test_sora_deletes_zeroed_ranks_and_computes_the_same(tmp_path):
+    tuned = luthier.attach(tiny.build("llama"), "sora(rank=6, xi=0.01)")
+    seen = {}
+
+    def watch(k):
+        seen[k] = [int((p.g != 0).sum()) for p in tuned.states.values()]
+        if k == 29:
+            assert all(len(p.g) == 6 for p in tuned.states.values())
+
+    losses, opt = fit(tuned, "llama", 30, each=watch)
+    ranks = [len(p.g) for p in tuned.states.values()]
+    assert ranks == seen[30] and sum(ranks) < 6 * len(ranks) and len(set(ranks)) > 1 and losses[-1] < losses[0]
+    for p in tuned.states.values():
+        assert p.A.shape[0] == p.B.shape[0] == len(p.g) and (p.g != 0).all()
+    assert all(opt.state[t]["exp_avg"].shape == t.shape for _, t in tuned.trainable())
+    through_a_file(tuned, "llama", tmp_path / "s")
+
+
+def test_a_cut_sora_is_the_gated_one():
+    tuned = stir(luthier.attach(tiny.build("llama"), "sora(rank=6, xi=0.0)"))
+    for i, p in enumerate(tuned.states.values()):
+        p.g.data[: 2 * i] = 0                                                   # 0, 2, 4 and all 6 gates of four sites
+    before, tuned.total_steps = tiny.output(tuned, tiny.batch("llama")), 1
+    tuned.step()
+    assert [len(p.g) for p in tuned.states.values()] == [6, 4, 2, 0]
+    torch.testing.assert_close(tiny.output(tuned, tiny.batch("llama")), before, rtol=1e-5, atol=1e-5)
