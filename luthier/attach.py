@@ -1,5 +1,6 @@
 """plan, attach, Tuned: a chain on a model, and off it again. The base weights are never written."""
 
+import functools
 import inspect
 import itertools
 from collections import defaultdict
@@ -142,6 +143,18 @@ def attach(model, chain, data=(), *, seed=0, name=None, loss=None, state=None):
         tuned.detach()
         raise
     return tuned
+
+
+def _as_inferring(merge):
+    """What is merged is what inference computes, whatever mode the model is in."""
+    def run(self):
+        before = self.states.training
+        self.states.eval()
+        try:
+            return merge(self)
+        finally:
+            self.states.train(before)
+    return functools.wraps(merge)(run)
 
 
 class Tuned(nn.Module):
@@ -400,6 +413,7 @@ class Tuned(nn.Module):
 
     # -- merging, undoing, storing ----------------------------------------------------------------------------------
     @torch.no_grad()
+    @_as_inferring
     def merge(self):
         """Write the change into new weights that take the base ones' place. The base tensors are kept, so undo stays exact."""
         self._check_stepped()
