@@ -1,14 +1,12 @@
 """Low-rank methods with schedules, gradient transforms and grown or cut ranks: golden numbers, files, whole small models."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 import luthier
 from luthier import tiny
-from luthier.errors import ScheduleNotStepped
+from luthier.errors import BadChain, ScheduleNotStepped
 from luthier.method import parse
 from luthier.state import State
 
@@ -137,3 +135,74 @@ def test_a_cut_sora_is_the_gated_one():
     tuned.step()
     assert [len(p.g) for p in tuned.states.values()] == [6, 4, 2, 0]
     torch.testing.assert_close(tiny.output(tuned, tiny.batch("llama")), before, rtol=1e-5, atol=1e-5)
+
+
+# -- DyLoRA ---------------------------------------------------------------------------------------------------------------
+
+
+def test_dylora_by_hand():
+    m, = parse("dylora(rank=3, alpha=6.0)")
+    A, B = [[1.0, 0.0], [2.0, 1.0], [5.0, 5.0]], [[1.0, 1.0, 7.0], [0.0, 3.0, 7.0]]
+    p, x = state(A=A, B=B, b=2), torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    # alpha / b = 3 and two of three ranks:  [1 1; 0 3] [1 0; 2 1] = [3 1; 6 3]
+    W = torch.zeros(2, 2, dtype=torch.float64)
+    assert m.weight(W, p).tolist() == [[9.0, 3.0], [18.0, 9.0]]
+    assert m.fast(x, torch.zeros(1, 2, dtype=torch.float64), p).tolist() == [[6.0, 9.0]]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dylora_trains_the_drawn_block_or_its_last_row_alone(frozen):
+    model, x = layer()
+    tuned = stir(luthier.attach(model, f"dylora(rank=5, alpha=2.0, frozen={frozen}, at='head')", seed=4)).train()
+    p, drawn = only(tuned), set()
+    for _ in range(40):
+        b = p.b
+        drawn.add(b)
+        y = tuned(x)
+        torch.testing.assert_close(y, nn.functional.linear(x, model[0].weight, model[0].bias)
+                                   + 2 / b * x @ p.A[:b].T @ p.B[:, :b].T)
+        A, B = torch.autograd.grad(y.square().sum(), (p.A, p.B))
+        first = b - 1 if frozen else 0
+        rows = [i for i in range(5) if A[i].any()]
+        assert rows == [i for i in range(5) if B[:, i].any()] == list(range(first, b))
+        tuned.step()
+    assert drawn == {1, 2, 3, 4, 5}
+
+
+def test_dylora_draws_from_its_distribution_and_the_same_rank_everywhere():
+    tuned = luthier.attach(tiny.build("vit"), "dylora(rank=4, low=2)", seed=1)
+    for _ in range(5):
+        assert len({p.b for p in tuned.states.values()}) == 1
+        tuned.step()
+    m, = parse("dylora(rank=4, low=2)")
+    counts = torch.bincount(torch.tensor([m.draw(7, k) for k in range(3000)]), minlength=5) / 3000
+    torch.testing.assert_close(counts, torch.tensor([0, 0, 1 / 3, 1 / 3, 1 / 3]), rtol=0, atol=0.03)
+    m, = parse("dylora(rank=3, geometric=0.5)")
+    counts = torch.bincount(torch.tensor([m.draw(7, k) for k in range(3000)]), minlength=4) / 3000
+    torch.testing.assert_close(counts, torch.tensor([0, 4 / 7, 2 / 7, 1 / 7]), rtol=0, atol=0.03)
+    with pytest.raises(BadChain, match="low"):
+        parse("dylora(rank=2, low=3)")
+
+
+def test_dylora_serves_every_rank_merged_and_from_a_file(tmp_path):
+    tuned = luthier.attach(tiny.build("llama"), "dylora(rank=4)")
+    losses, _ = fit(tuned, "llama", 20)
+    assert losses[-1] < losses[0]
+    batch, outs = tiny.batch("llama"), []
+    for b in (1, 2, 3, 4):
+        tuned.eval().context = {"rank": b}
+        outs.append(tiny.output(tuned, batch).detach())
+        own = luthier.attach(tiny.build("llama"), f"lora(rank={b})")                # a LoRA that holds the first b ranks
+        for p, q in zip(tuned.states.values(), own.states.values(), strict=True):
+            q.A.data, q.B.data = p.A.data[:b], p.B.data[:, :b]
+        torch.testing.assert_close(tiny.output(own, batch), outs[-1], rtol=1e-4, atol=1e-4)
+        tuned.train().merge()                                                       # merged in training, but for inference
+        torch.testing.assert_close(tiny.output(tuned.eval(), batch), outs[-1], rtol=1e-4, atol=1e-4)
+        tuned.unmerge()
+    assert not torch.allclose(outs[0], outs[3], atol=1e-3)
+    again = through_a_file(tuned, "llama", tmp_path / "d")
+    again.context = {"rank": 2}
+    torch.testing.assert_close(tiny.output(again, batch), outs[1])
+    again.context = {"rank": 5}
+    with pytest.raises(BadChain, match="1 to 4"):
+        again(**batch)

@@ -75,7 +75,7 @@ def verdict(figures):
     total, most = [sum(k) for k in f["kept"]], f["start"] * len(f["kept"][0])
     xi, gates = [row[0] for row in f["trace"]], [row[1] for row in f["trace"]]
     return judge(
-        [not_below(figures, "sora", "lora", what=f"accuracy no worse than lora(rank={f['lora_rank']}), its mean rank rounded up")],
+        [not_below(figures, "sora", "lora", what=f"accuracy no worse than lora(rank={f['lora_rank']}), its mean rank, up")],
         [fact(max(total) < most, f"ranks left, of {most}: {total} (the other gates are zero to the bit)"),
          fact(all(len(set(k)) > 1 for k in f["kept"]), f"ranks by site of the first run: {f['kept'][0]}"),
          fact(f["cut"]["gap"] < 1e-5, f"deleting {f['cut']['of'] - f['cut']['left']} of {f['cut']['of']} ranks moved logits by "

@@ -1,4 +1,4 @@
-"""A low rank whose gates go to exact zeros.    W' = W + (α/r)·Bᵀ diag(g) A,   B: (r, d_out) = 0,   g: (r,) ~ N(0, 1),   A: (r, d_in)
+"""A low rank whose gates go to exact zeros.    W' = W + (α/r)·Bᵀ diag(g) A,   B: (r, d_out) = 0,   g ~ N(0, 1)
 Ding et al., SoRA, EMNLP 2023. arXiv:2311.11696 §3.2-3.3. A and B follow the optimizer, g a proximal step after it:
     g ← T_ξ(g),   T_ξ(x) = sign(x) max(|x| - ξ, 0),   ξ = η λ with learning rate η: the step of L + λ ‖g‖₁
 With the last step every rank whose gate is zero is deleted: what stays is a smaller LoRA with the same output.
