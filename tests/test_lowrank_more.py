@@ -206,3 +206,53 @@ def test_dylora_serves_every_rank_merged_and_from_a_file(tmp_path):
     again.context = {"rank": 5}
     with pytest.raises(BadChain, match="1 to 4"):
         again(**batch)
+
+
+# -- ALLoRA ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_allora_scales_the_gradient_row_by_row_and_nothing_else(fast):
+    model, x = layer()
+    tuned = luthier.attach(model, "allora(rank=2, eta=3.0, at='head')")
+    plain = luthier.attach(layer()[0], "lora(rank=2, alpha=2.0, at='head')")
+    tuned.fast, p, q = fast, only(stir(tuned)), only(plain)
+    q.A.data, q.B.data = p.A.data.clone(), p.B.data.clone()
+    x = x.view(7, 1, 5).requires_grad_()
+    y, z = tuned(x), plain(x)
+    torch.testing.assert_close(y, z)                                                # the forward pass is LoRA's
+    G = torch.randn(7, 1, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    A, B, X = torch.autograd.grad(y, (p.A, p.B, x), G)
+    torch.testing.assert_close(X, torch.autograd.grad(z, x, G)[0])                   # layers below get the true gradient
+    full = G.flatten(0, 1).T @ x.detach().flatten(0, 1)                              # that of B A
+    s = torch.tensor([1 / (sum(v * v for v in row) ** 0.5 + 1 / 9) ** 0.5 for row in (p.B @ p.A).tolist()], dtype=torch.float64)
+    torch.testing.assert_close(A, p.B.T @ (s[:, None] * full))
+    torch.testing.assert_close(B, s[:, None] * full @ p.A.T)
+    assert len(set(s.tolist())) == 4
+
+
+def test_allora_leaves_zero_eta_times_as_fast():
+    steps = []
+    for text in ("lora(rank=3, alpha=3.0, at='head')", "allora(rank=3, eta=4.0, at='head')"):
+        model, x = layer()
+        tuned = luthier.attach(model, text)
+        only(tuned).A.data = torch.randn(3, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        opt = torch.optim.SGD([p for _, p in tuned.trainable()], lr=1e-3)
+        tuned(x).square().sum().backward()
+        opt.step()
+        steps.append(only(tuned).B.detach())
+    plain, scaled = steps
+    torch.testing.assert_close(scaled, 4 * plain)
+
+
+def test_allora_slows_a_large_row():
+    m, = parse("allora(eta=2.0)")
+    p = state(A=[[3.0, 4.0]], B=[[0.0], [0.35], [-19.95]])                           # rows of norm 0, 1.75, 99.75
+    torch.testing.assert_close(m.scale(p), torch.tensor([2.0, 2**-0.5, 0.1], dtype=torch.float64))
+
+
+def test_allora_trains_and_goes_through_a_file(tmp_path):
+    tuned = luthier.attach(tiny.build("gpt2"), "allora(rank=2)")
+    losses, _ = fit(tuned, "gpt2", 15)
+    assert losses[-1] < losses[0]
+    through_a_file(tuned, "gpt2", tmp_path / "a")

@@ -28,7 +28,7 @@ class dylora(Method):
                            f"rank. For example dylora(rank={self.rank}, low=1).")
 
     def init(self, site):                  # trains rank * (d_in + d_out)
-        A = site.uniform(self.rank, site.d_in, bound=site.d_in**-0.5)
+        A = site.normal(self.rank, site.d_in, std=site.d_in**-0.5)
         return dict(A=A, B=site.zeros(site.d_out, self.rank), b=self.draw(site.seed, 0), seed=site.seed)
 
     def draw(self, seed, k):               # b of step k + 1: the same at every site and in every process

@@ -23,7 +23,7 @@ class sora(Method):
     penalty: float = 0.0
 
     def init(self, site):                  # trains rank * (d_in + d_out + 1), in the end what is left of it
-        A = site.uniform(self.rank, site.d_in, bound=site.d_in**-0.5)
+        A = site.normal(self.rank, site.d_in, std=site.d_in**-0.5)
         return dict(A=A, g=site.normal(self.rank), B=site.zeros(self.rank, site.d_out))      # B = 0: identity at init
 
     def weight(self, W, p):                # (d_out, d_in)
