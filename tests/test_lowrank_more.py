@@ -256,3 +256,42 @@ def test_allora_trains_and_goes_through_a_file(tmp_path):
     losses, _ = fit(tuned, "gpt2", 15)
     assert losses[-1] < losses[0]
     through_a_file(tuned, "gpt2", tmp_path / "a")
+
+
+# -- PEGO -----------------------------------------------------------------------------------------------------------------
+
+
+def test_pego_by_hand():
+    m, = parse("pego(rank=1, n=2, preserve=0.5, diverse=0.25)")
+    p = state(A=[[[1.0, 0.0]], [[1.0, -2.0]]], B=[[[1.0, 2.0, 0.0]], [[0.0, 3.0, 1.0]]])
+    W = torch.tensor([[1.0, 1.0], [0.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
+    one, two = [[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, -6.0], [1.0, -2.0]]
+    delta = torch.tensor([one, two], dtype=torch.float64)
+    torch.testing.assert_close(m.weight(W, p), W + delta.sum(0), rtol=0, atol=0)
+    # W oneᵀ = [1 2 0; 0 0 0; 1 2 0]: 6;  W twoᵀ = [0 -3 -1; 0 -12 -4; 0 3 1]: 24;  one twoᵀ = [0 3 1; 0 6 2; 0 0 0]: 12
+    keep, part = m.terms(W, p)
+    assert (keep.item(), part.item()) == (30.0, 12.0)
+
+
+@pytest.mark.parametrize("text, terms", [("", (1e-3, 1e-3)), (", preserve=0.0", (0, 1e-3)), (", diverse=0.0", (1e-3, 0)),
+                                         (", preserve=0.0, diverse=0.0", (0, 0))])
+def test_pego_losses_over_all_sites_each_switched_off(text, terms):
+    tuned = stir(luthier.attach(tiny.build("gpt2"), f"pego(rank=2, n=3{text})"))      # W: rows of a fused, transposed weight
+    wanted = 0.0
+    for site in luthier.find(tuned, "attn.q attn.v"):
+        p = next(p for p in tuned.states.values() if p.site_name == site.name)
+        deltas = [p.B[i].T @ p.A[i] for i in range(3)]
+        wanted += terms[0] * sum((site.W @ d.T).abs().sum() for d in deltas)
+        wanted += terms[1] * sum((deltas[i] @ deltas[j].T).abs().sum() for i, j in ((0, 1), (0, 2), (1, 2)))
+    torch.testing.assert_close(torch.as_tensor(tuned.penalty()), torch.as_tensor(wanted))
+
+
+def test_pego_terms_fall_when_they_are_in_the_loss(tmp_path):
+    found = []
+    for weights in ("preserve=0.01, diverse=0.01", "preserve=0.0, diverse=0.0"):
+        tuned = luthier.attach(tiny.build("vit"), f"pego(rank=2, n=2, {weights})")
+        fit(tuned, "vit", 25)
+        m, sites = parse("pego(n=2)")[0], {s.name: s for s in luthier.find(tuned, "attn.q attn.v")}
+        found.append([sum(t) for t in zip(*(m.terms(sites[p.site_name].W, p) for p in tuned.states.values()), strict=True)])
+    assert all(a < b / 2 for a, b in zip(*found, strict=True))
+    through_a_file(tuned, "vit", tmp_path / "p")
