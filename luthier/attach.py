@@ -43,13 +43,15 @@ class Plan:
 
 @dataclass
 class Run:
-    """What `loss` and `step` verbs see. states: site name -> p; k: optimizer steps so far; total: planned steps, or None."""
+    """What `loss` and `step` verbs see. states: site name -> p; k: optimizer steps so far; total: planned steps, or None;
+    optimizer: the one that just stepped, where `step` was given it."""
 
     states: dict
     k: int = 0
     total: int | None = None
     outputs: object = None
     sites: dict = field(default_factory=dict)
+    optimizer: object = None
 
 
 def base_of(model):
@@ -386,9 +388,9 @@ class Tuned(nn.Module):
         """(name, Parameter) of the states, each once."""
         return [(n, p) for n, p in self.states.named_parameters() if p.requires_grad]
 
-    def _run(self, number, outputs=None):
+    def _run(self, number, outputs=None, optimizer=None):
         found = {s.name: s for s in self._plan.steps[number].sites}
-        return Run(self._states_of[number], self.k, self.total_steps, outputs, found)
+        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer)
 
     def penalty(self, outputs=None):
         """The sum of the chain's extra loss terms; 0.0 when it has none."""
@@ -396,14 +398,14 @@ class Tuned(nn.Module):
 
     def step(self, optimizer=None):
         """Advance the chain's schedules: after optimizer.step(), before zero_grad()."""
-        self.k, self.stepped = self.k + 1, self.stepped + 1
+        self.k, self.stepped, optimizer = self.k + 1, self.stepped + 1, getattr(optimizer, "optimizer", optimizer)
         for i, m in enumerate(self.chain):
             if m.has("step"):
                 with torch.no_grad():
-                    m.step(self._run(i))
+                    m.step(self._run(i, optimizer=optimizer))
         moved = [st.moved.popitem()[1] for st in self.states.values() for _ in range(len(st.moved))]
         if moved and optimizer is not None:
-            follow(getattr(optimizer, "optimizer", optimizer), moved)
+            follow(optimizer, moved)
 
     def _check_stepped(self):
         late = [type(m).__name__ for m in self.chain if m.has("step")]

@@ -31,7 +31,10 @@ class State(nn.Module):
         if before is not None:                             # resized twice before the optimizer heard of it
             kept = torch.where(kept >= 0, before.to(kept.device)[kept.clamp(min=0)], -1)
         self.moved[name] = (p, kept)
-        p.data, p.grad = new.detach().to(p.dtype), None
+        new, p.grad = new.detach().to(p.dtype), None
+        other = torch.float32 if p.dtype == torch.float64 else torch.float64
+        p.data = new.new_empty(0, dtype=other)             # a loss that the caller still holds keeps the old shape alive in
+        p.data = new                                       # autograd, until it meets another type
 
     def stored(self):
         """name -> tensor of everything a file must hold."""
@@ -46,6 +49,14 @@ def follow(optimizer, moved):
                 kept = kept.to(v.device)
                 alive = (kept >= 0).view(-1, *[1] * (v.dim() - 1))
                 optimizer.state[p][name] = torch.where(alive, v[kept.clamp(min=0)], 0) if len(v) else v.new_zeros(p.shape)
+
+
+def newborn(optimizer, k, age):
+    """The factor by which an update of step k must be multiplied for entries of `age` steps (an optimizer's state of theirs began
+    at zero) to move as they would under an optimizer that began with them: Adam's bias correction counts the steps of the whole
+    parameter, and would let them leap to several times the learning rate."""
+    b1, b2 = next((g["betas"] for g in optimizer.param_groups if "betas" in g), (0, 0)) if optimizer is not None else (0, 0)
+    return (1 - b1**k) / (1 - b1**age) * ((1 - b2**age) / (1 - b2**k)) ** 0.5
 
 
 class Overlay:
