@@ -6,9 +6,10 @@ from torch import nn
 
 import luthier
 from luthier import tiny
+from luthier.attach import Run
 from luthier.errors import BadChain, ScheduleNotStepped
 from luthier.method import parse
-from luthier.state import State
+from luthier.state import State, newborn
 
 
 def state(**tensors):
@@ -295,3 +296,134 @@ def test_pego_terms_fall_when_they_are_in_the_loss(tmp_path):
         found.append([sum(t) for t in zip(*(m.terms(sites[p.site_name].W, p) for p in tuned.states.values()), strict=True)])
     assert all(a < b / 2 for a, b in zip(*found, strict=True))
     through_a_file(tuned, "vit", tmp_path / "p")
+
+
+# -- IncreLoRA ------------------------------------------------------------------------------------------------------------
+
+
+def test_increlora_by_hand():
+    m, = parse("increlora(target=2, alpha=4.0)")
+    p = state(A=[[1.0, 2.0], [0.0, 1.0]], E=[3.0, 0.5], B=[[1.0, 0.0], [2.0, 2.0]], n=1).eval()
+    # alpha / target = 2;  [1 2; 0 2] diag(3, .5) [1 2; 0 1] = [3 6; 0 0] + [0 1; 0 1]
+    assert (m.weight(torch.zeros(2, 2, dtype=torch.float64), p) / 2).tolist() == [[3.0, 7.0], [0.0, 1.0]]
+    E, = torch.autograd.grad(m.weight(torch.zeros(2, 2, dtype=torch.float64), p).sum(), p.E)
+    assert E.tolist() == [6.0, 0.0]                                              # 2 (Σ b)(Σ a); that of the reserve is fixed
+
+
+def test_increlora_averages_by_hand():
+    m, = parse("increlora(beta1=0.5, beta2=0.75)")
+    sites = [state(seen=torch.tensor([0.0, 0.0, 0.0])), state(seen=torch.tensor([0.0, 1.0, 2.0]))]
+    for now, wanted in (((4.0, 3.0), (1.0, 3.5)), ((2.0, 0.0), (0.75, 1.5625))):
+        for p, value in zip(sites, now, strict=True):
+            p.seen[0] = value
+        torch.testing.assert_close(m.scores(sites), torch.tensor(wanted))
+    # first: mean 2, spread .5;  2, .375: .75     second: mean 2, spread 1.75;  1, 1.5625: 1.5625
+
+
+def test_increlora_importance_is_that_of_the_dense_gradient():
+    model, x = layer()
+    tuned = stir(luthier.attach(model, "increlora(target=2, at='head')")).train()
+    p, G = only(tuned), torch.randn(7, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for tuned.fast in (True, False):
+        tuned(x).backward(G)
+        D = tuned.chain[0].weight(0.0, p).detach()
+        assert p.seen[0].item() == pytest.approx(float((D * (G.T @ x)).abs().sum()) / 20**0.5)
+        p.seen.zero_()
+    tuned.eval()(x).backward(G)
+    assert p.seen[0] == 0                                                        # only in training
+
+
+@pytest.mark.parametrize("text", ["", ", advance=False", ", restart=0", ", add=2, target=3"])
+def test_increlora_grows_to_its_budget_and_leaves_outputs_where_they_were(text, tmp_path):
+    tuned = luthier.attach(tiny.build("llama"), f"increlora(top=3, wait=4, every=4, restart=3, at='linear'{text})"
+                           if "restart" not in text else f"increlora(top=3, wait=4, every=4{text})")
+    m, sites, log, jumps = tuned.chain[0], len(tuned.states), [], []
+    total, lay = (m.target - 1) * sites + sites, type(m).lay
+
+    def watch(k):
+        log.append(sum(p.n for p in tuned.states.values()))
+        assert all(len(p.E) == len(p.A) == len(p.B) for p in tuned.states.values())
+
+    def laid(self, p, rows, born):
+        tuned.eval()
+        before = tiny.output(tuned, tiny.batch("llama"))
+        lay(self, p, rows, born)
+        jumps.append(float((tiny.output(tuned, tiny.batch("llama")) - before).abs().max() / before.abs().max()))
+        tuned.train()
+
+    type(m).lay = laid
+    try:
+        losses, opt = fit(tuned, "llama", 40, each=watch)
+    finally:
+        type(m).lay = lay
+    grown = [b - a for a, b in zip([sites, *log], log, strict=False)]
+    step = min(3, (total - sites) // m.add) * m.add
+    assert log[-1] == total and log[6] == sites and log[7] == sites + step       # first at step 8: after `wait`, at a multiple
+    assert {k + 1 for k, n in enumerate(grown) if n} <= {8, 12, 16, 20, 24, 28, 32, 36} and max(grown) <= 3 * m.add
+    assert max(jumps) < 1e-4 and losses[-1] < losses[0]
+    assert all(len(p.E) == p.n for p in tuned.states.values()) and len({p.n for p in tuned.states.values()}) > 1
+    assert all(opt.state[t]["exp_avg"].shape == t.shape for _, t in tuned.trainable())
+    again = through_a_file(tuned, "llama", tmp_path / "i")
+    assert [p.n for p in again.states.values()] == [p.n for p in tuned.states.values()]
+
+
+def test_increlora_reserve_learns_in_advance_or_waits():
+    moved = []
+    for advance in (True, False):
+        tuned = luthier.attach(tiny.build("vit"), f"increlora(wait=99, advance={advance}, penalty=0.0)")
+        first = [p.A[1].clone() for p in tuned.states.values()]
+        tuned.total_steps = 99
+        fit(tuned, "vit", 5)
+        moved.append(max((p.A[1] - a).abs().max().item() for p, a in zip(tuned.states.values(), first, strict=True)))
+        E = torch.cat([p.E[1:] for p in tuned.states.values()])
+        torch.testing.assert_close(E.detach(), torch.full_like(E, 1e-5 * advance), rtol=0, atol=0)
+    assert moved[0] > 1e-2 and moved[1] == 0
+
+
+def test_young_entries_move_as_under_an_optimizer_of_their_own():
+    """Entry 1 is born at step 30 of a parameter; `newborn` gives it the steps of an Adam that began there."""
+    g = torch.Generator().manual_seed(0)
+    grads = torch.randn(60, 2, generator=g, dtype=torch.float64)
+    p, q = (nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 1))
+    ours, own = (torch.optim.Adam([t], lr=0.1, betas=(0.8, 0.99), eps=1e-30) for t in (p, q))
+    for k, grad in enumerate(grads, 1):
+        p.grad, before = grad.clone(), p.detach().clone()
+        p.grad[1] *= k > 30
+        ours.step()
+        if k > 30:
+            p.data[1] = before[1] + newborn(ours, k, k - 30) * (p.data[1] - before[1])
+            q.grad = grad[1:].clone()
+            own.step()
+    torch.testing.assert_close(p[1:], q, rtol=1e-9, atol=0)
+    assert newborn(torch.optim.SGD([p], lr=0.1), 5, 1) == newborn(None, 5, 1) == 1
+
+
+def test_increlora_restarts_the_rate_of_what_it_adds():
+    m, = parse("increlora(restart=4)")
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    opt.param_groups[0]["lr"] = 0.1                                              # the run's own schedule has fallen to a fifth
+    born = torch.tensor([10.0])
+    curve = [m.rate(Run({}, k=k, total=20, optimizer=opt), born).item() * 0.1 for k in range(11, 21)]
+    wanted = [0.125, 0.25, 0.375, 0.5] + [0.5 * left / 6 for left in (6, 5, 4, 3, 2, 1)]
+    assert curve == pytest.approx(wanted)
+
+
+def test_increlora_paces_only_what_it_added():
+    tuned = luthier.attach(tiny.build("vit"), "increlora(top=99, wait=0, every=2, restart=4, penalty=0.0, target=3)").train()
+    tuned.total_steps, moves = 40, []
+    opt = torch.optim.SGD([t for _, t in tuned.trainable()], lr=1e-2)
+    for _ in range(7):
+        before = {p: (p.A.clone(), p.n) for p in tuned.states.values()}
+        for p in tuned.states.values():
+            p.seen[0] = 1.0
+            for t in (p.A, p.E, p.B):
+                t.grad = torch.ones_like(t)
+        opt.step()
+        tuned.step(opt)
+        p = only(tuned)
+        moves.append(((before[p][0] - p.A[: len(before[p][0])]).mean(1) / 1e-2).tolist())
+    # two rows from the start (one of them the reserve); at steps 2 and 4 one more is laid in, which starts slowly
+    rise = [0.25, 0.5, 0.75, 1.0]
+    assert all(m[:2] == pytest.approx([1.0, 1.0], abs=1e-4) for m in moves)
+    assert [m[2] for m in moves[2:6]] == pytest.approx(rise, abs=1e-4) and len(moves[1]) == 2
+    assert all(len(m) == 3 for m in moves[4:])                                   # with the last growth the reserve goes
