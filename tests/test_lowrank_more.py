@@ -9,6 +9,7 @@ from luthier import tiny
 from luthier.attach import Run
 from luthier.errors import BadChain, ScheduleNotStepped
 from luthier.method import parse
+from luthier.methods.lowrank.wara import dwt, idwt
 from luthier.state import State, newborn
 
 
@@ -427,3 +428,59 @@ def test_increlora_paces_only_what_it_added():
     assert all(m[:2] == pytest.approx([1.0, 1.0], abs=1e-4) for m in moves)
     assert [m[2] for m in moves[2:6]] == pytest.approx(rise, abs=1e-4) and len(moves[1]) == 2
     assert all(len(m) == 3 for m in moves[4:])                                   # with the last growth the reserve goes
+
+
+# -- WaRA -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["haar", "db2"])
+@pytest.mark.parametrize("d", [2, 4, 7, 48])
+def test_wavelets_are_orthogonal_and_invert(name, d):
+    eye = torch.eye(d, dtype=torch.float64)
+    S = dwt(eye, name).flatten(-2)                                               # row i: the coefficients of unit vector i
+    torch.testing.assert_close(S @ S.T, eye)
+    torch.testing.assert_close(idwt(dwt(eye, name), name, d), eye)
+    x = torch.randn(3, 5, d, generator=torch.Generator().manual_seed(0))
+    assert (idwt(dwt(x, name), name, d) - x).abs().max() < 1e-6
+    high = dwt(torch.ones(48), name)[1]
+    assert high.abs().max() < 1e-6                                               # a constant has no detail
+    if name == "db2":
+        assert dwt(torch.arange(48.0), name)[1, :-1].abs().max() < 1e-4          # nor has a line, away from the seam
+
+
+def test_wavelet_coefficients_by_hand():
+    x, r = torch.tensor([1.0, 3.0, 2.0, -2.0], dtype=torch.float64), 2**0.5
+    torch.testing.assert_close(dwt(x, "haar"), torch.tensor([[4 / r, 0.0], [-2 / r, 4 / r]], dtype=torch.float64))
+    h = torch.tensor([0.48296291, 0.83651630, 0.22414387, -0.12940952], dtype=torch.float64)         # Daubechies' table
+    low = torch.stack([h @ x, h @ x.roll(-2)])
+    high = torch.stack([(h.flip(0) * torch.tensor([1, -1, 1, -1])) @ v for v in (x, x.roll(-2))])
+    torch.testing.assert_close(dwt(x, "db2"), torch.stack([low, high]), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["haar", "db2"])
+@pytest.mark.parametrize("shape", [(4, 6), (5, 7)])
+def test_wara_is_the_two_dimensional_transform_of_the_paper(name, shape):
+    """LL, LH, HL and HH of the tokens x features input, A and B on the features of each, the inverse over both axes."""
+    m, (d_out, d_in) = parse(f"wara(rank=2, alpha=6.0, wavelet={name!r})")[0], shape
+    g = torch.Generator().manual_seed(1)
+    A, B, X, W = (torch.randn(s, generator=g, dtype=torch.float64) for s in (
+        (2, -(-d_in // 2)), (-(-d_out // 2), 2), (8, d_in), shape))
+    p = state(A=A.tolist(), B=B.tolist())
+    tokens = dwt(dwt(X, name).permute(1, 2, 0), name)                            # (feature band, feature, token band, token)
+    each = torch.einsum("fdts,ro,do->frts", tokens, B, A.T)
+    back = idwt(each, name, 8).permute(2, 0, 1)                                  # over tokens, then over features
+    wanted = X @ W.T + 3 * idwt(back, name, d_out)
+    torch.testing.assert_close(X @ m.weight(W, p).T, wanted)
+    torch.testing.assert_close(m.fast(X, X @ W.T, p), wanted)
+
+
+def test_wara_counts_refuses_and_goes_through_a_file(tmp_path):
+    ours, theirs = (sum(t.numel() for _, t in luthier.attach(tiny.build("gpt2"), c).trainable())
+                    for c in ("wara(rank=4)", "lora(rank=4)"))
+    assert 2 * ours == theirs
+    with pytest.raises(BadChain, match="haar, db2"):
+        parse("wara(wavelet='sym4')")
+    tuned = luthier.attach(tiny.build("vit"), "wara(rank=2, wavelet='db2')")
+    losses, _ = fit(tuned, "vit", 15)
+    assert losses[-1] < losses[0]
+    through_a_file(tuned, "vit", tmp_path / "w")
