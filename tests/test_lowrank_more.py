@@ -10,6 +10,7 @@ from luthier.attach import Run
 from luthier.errors import BadChain, ScheduleNotStepped
 from luthier.method import parse
 from luthier.methods.lowrank.wara import dwt, idwt
+from luthier.methods.quantize._pack import pack, unpack
 from luthier.state import State, newborn
 
 
@@ -484,3 +485,87 @@ def test_wara_counts_refuses_and_goes_through_a_file(tmp_path):
     losses, _ = fit(tuned, "vit", 15)
     assert losses[-1] < losses[0]
     through_a_file(tuned, "vit", tmp_path / "w")
+
+
+# -- DSEE -----------------------------------------------------------------------------------------------------------------
+
+
+def test_dsee_by_hand():
+    m, = parse("dsee(rank=2, alpha=4.0)")
+    p = state(A=[[1.0, 2.0]], B=[[1.0], [0.0]], v=[0.5, -1.0], idx=torch.tensor([0, 3]), c=[3.0], left=torch.tensor([1]),
+              groups=2, S1=pack(torch.tensor([[1, 0], [0, 1]]), 1), pruned=True)
+    W = torch.tensor([[10.0, 20.0], [30.0, 40.0]], dtype=torch.float64)
+    # S1 W = [10 0; 0 40];  alpha / r = 2 times B A + S2 = [1 2; 0 0] + [.5 0; 0 -1];  the first of two column gates is gone
+    assert m.weight(W, p).tolist() == [[0.0, 12.0], [0.0, 114.0]]
+    p.pruned = False
+    assert m.weight(W, p).tolist() == [[0.0, 72.0], [0.0, 114.0]]
+
+
+def test_dsee_finds_the_places_that_stick_out_of_a_low_rank():
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(40, 3, generator=g) @ torch.randn(3, 30, generator=g)
+    planted = torch.randperm(W.numel(), generator=g)[:12].sort().values
+    W.view(-1)[planted] += 15 * torch.randn(12, generator=g).sign()
+    model = nn.Sequential(nn.Linear(30, 40))
+    model[0].weight.data = W
+    found = {how: only(luthier.attach(model, f"dsee(rank=3, sparse=12, sparsity=0.0, at='head', tune={role!r}, support={how!r})",
+                                      name=how)).idx for how in ("grebsmo", "magnitude", "random")
+             for role in [luthier.find(model, "head")[0].role.rpartition(".")[2]]}
+    assert torch.equal(found["grebsmo"].long(), planted)
+    assert torch.equal(found["magnitude"].long(), W.abs().flatten().topk(12).indices.sort().values)
+    assert len(found["random"].unique()) == 12 and not torch.equal(found["random"], found["grebsmo"])
+    with pytest.raises(BadChain, match="grebsmo"):
+        parse("dsee(support='omp')")
+
+
+def test_dsee_prunes_the_smallest_of_all_sites_once_and_tunes_on(tmp_path):
+    tuned = luthier.attach(tiny.build("llama"), "dsee(rank=2, sparse=7, sparsity=0.4, prune=0.5)")
+    m, sites, seen = tuned.chain[0], {s.name: s for s in luthier.find(tuned, "linear")}, {}
+
+    def watch(k):
+        if k == 10:
+            seen["before"] = {p: (p.A.clone(), p.v.clone()) for p in tuned.states.values() if hasattr(p, "A")}
+
+    step = type(m).step
+
+    def noted(self, run):
+        if run.k == 10:
+            seen["size"] = {n: self.update(sites[n].W, p).abs() for n, p in run.states.items()}
+        step(self, run)
+
+    type(m).step = noted
+    try:
+        losses, _ = fit(tuned, "llama", 20, each=watch)
+    finally:
+        type(m).step = step
+    kept = {p.site_name: unpack(p.S1, 1, sites[p.site_name].W.shape[1]).bool() for p in tuned.states.values()}
+    total, gone = sum(k.numel() for k in kept.values()), sum(int((~k).sum()) for k in kept.values())
+    assert gone == round(0.4 * total)
+    assert max(seen["size"][n][~k].max() for n, k in kept.items()) <= min(seen["size"][n][k].min() for n, k in kept.items())
+    assert all(not torch.equal(p.A, A) and not torch.equal(p.v, v) for p, (A, v) in seen["before"].items())
+    assert {p.site_name.rpartition(".")[2] for p in tuned.states.values() if hasattr(p, "A")} == {"q", "v"}
+    again = through_a_file(tuned, "llama", tmp_path / "d")
+    again.merge()
+    for name, k in kept.items():                                                # the merged weight of an untuned site is sparse
+        W = sites[name].read(again.base.get_submodule(sites[name].path).weight)
+        assert name.endswith((".q", ".v")) or ((W == 0) == ~k).all()
+    stored = {n.rpartition(".")[2] for n in again.states.state_dict()}
+    assert stored == {"A", "B", "v", "idx", "S1"} and losses[-1] < losses[0]
+
+
+def test_dsee_takes_heads_and_neurons_by_their_gates(tmp_path):
+    text = "dsee(rank=2, sparse=0, sparsity=0.0, heads=0.25, neurons=0.5, l1=0.1, prune=0.5)"
+    tuned, counts = luthier.attach(tiny.build("vit"), text), []
+    gates = [p for p in tuned.states.values() if hasattr(p, "c")]
+    torch.testing.assert_close(tuned.penalty(), torch.tensor(0.1 * sum(len(p.c) for p in gates)))
+    for p in gates:
+        p.c.data += torch.linspace(0, 0.5, len(p.c))                             # the first ones are the smallest
+    _, opt = fit(tuned, "vit", 10, lr=1e-3, each=lambda k: counts.append([len(p.c) for p in gates]))
+    assert counts[3] == [4, 48, 4, 48] and counts[4] == counts[-1] == [3, 24, 3, 24] and tuned.penalty() == 0
+    assert [p.left.tolist() for p in gates[:2]] == [[1, 2, 3], list(range(24, 48))]
+    assert all(opt.state[p.c]["exp_avg"].shape == p.c.shape for p in gates)
+    assert not any(hasattr(p, "v") for p in tuned.states.values())
+    again = through_a_file(tuned, "vit", tmp_path / "h").merge()
+    for site in luthier.find(again.base, "attn.o mlp.down"):
+        n = 8 if site.role == "attn.o" else 24
+        assert not site.W[:, :n].any() and site.W[:, n:].any(0).all()
