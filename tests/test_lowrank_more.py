@@ -7,11 +7,12 @@ from torch import nn
 import luthier
 from luthier import tiny
 from luthier.attach import Run
-from luthier.errors import BadChain, ScheduleNotStepped
+from luthier.errors import BadChain, RunStopped, ScheduleNotStepped
 from luthier.method import parse
 from luthier.methods.lowrank.wara import dwt, idwt
 from luthier.methods.quantize._pack import pack, unpack
 from luthier.state import State, newborn
+from luthier.train import train
 
 
 def state(**tensors):
@@ -569,3 +570,44 @@ def test_dsee_takes_heads_and_neurons_by_their_gates(tmp_path):
     for site in luthier.find(again.base, "attn.o mlp.down"):
         n = 8 if site.role == "attn.o" else 24
         assert not site.W[:, :n].any() and site.W[:, n:].any(0).all()
+
+
+# -- a run that was stopped -----------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """As much of a task as `train` asks for: a tiny llama and fixed random outputs."""
+
+    def n_batches(self, split, size):
+        return 5
+
+    def batches(self, split, size, seed=0, epoch=0, start=0):
+        for k in range(start, 5):
+            yield tiny.batch("llama", seed=100 * epoch + k)
+
+    def loss(self, model, batch):
+        return (tiny.output(model, batch) - 1).square().mean()
+
+
+@pytest.mark.parametrize("text", ["sora(rank=4, xi=0.01, peak=0.05)", "dylora(rank=4)", "dsee(rank=2, sparse=5, heads=0.25)",
+                                  "increlora(top=4, wait=2, every=2, restart=3)"])
+def test_resumed_in_the_middle_equals_uninterrupted(text, tmp_path):
+    def run(out, stop=0, resume=False):
+        tuned = luthier.attach(tiny.build("llama"), text)
+
+        def watch(k, total, loss):
+            if k == stop:
+                raise KeyboardInterrupt
+
+        try:
+            train(tuned, Rows(), steps=14, lr=0.01, batch_size=3, out=out, every=3, resume=resume, progress=watch, log=False)
+        except RunStopped:
+            assert stop
+        return tuned
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "part", stop=10)                                              # the last checkpoint is that of step 9
+    again = run(tmp_path / "part", resume=True)
+    a, b = whole.states.state_dict(), again.states.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(tiny.output(whole, tiny.batch("llama")), tiny.output(again, tiny.batch("llama")))
