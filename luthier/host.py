@@ -31,6 +31,7 @@ class Host:
         self.patches, self.ports, self.stacks, self.towers = {}, {}, {}, []
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
         self.fast = True
+        self.rows = None                                    # while a rack runs rows with different states: serve.rows.Runs
 
     @staticmethod
     def of(model, make=False):
@@ -133,6 +134,9 @@ class Entry:
             return Overlay(self.state, self.method.produce(self.owner.context, self.state))
         return self.state
 
+    def act(self, verb, **have):
+        return call(self.method, verb, p=self.p, **have)
+
 
 # -- weights and attention cores ----------------------------------------------------------------------------------
 
@@ -188,6 +192,8 @@ class Patch:
         return self.inner(*args, **kwargs) if self.inner is not None else type(self.module).forward(self.module, *args, **kwargs)
 
     def _weights(self, *args, **kwargs):
+        if self.host.rows is not None:
+            return self.host.rows.weights(self, args, kwargs)
         if self.thin and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             return self._thin(args[0])
         y = self._slow(args, kwargs) if self.slow else self._base(*args, **kwargs)
@@ -367,7 +373,7 @@ class _Intercept(TorchFunctionMode):
             attn_mask = self._recut(t, attn_mask, key)
         a = Attention(query, key, value, t, attn_mask, is_causal, scale, dropout_p, enable_gqa)
         for e in self.entries:
-            a = call(e.method, "attend", a=a, p=e.p)
+            a = e.act("attend", a=a)
             if isinstance(a, torch.Tensor):
                 return a
         if stack is not None:
@@ -589,7 +595,7 @@ class Port:
         elif stack is not None and t.lanes and stack.checkpointed():
             self.saved = replace(t, h=h[:0])                # also without grad: reentrant checkpointing's first pass
         for e in self.live:
-            t = call(e.method, "stream", t=t, p=e.p)
+            t = e.act("stream", t=t)
         if stack is not None:
             stack.tokens = t
         if t.h.shape[1] != h.shape[1] and back is not None:
@@ -634,7 +640,7 @@ class Mid(Port):
         t = stack.take(x).marked()
         size = t.size
         for e in self.live:
-            t = call(e.method, "stream", t=t, p=e.p)
+            t = e.act("stream", t=t)
         stack.tokens, self.merged = t, None
         if t.h.shape[1] != x.shape[1]:
             if self.site.stack.insert:
