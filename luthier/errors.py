@@ -10,6 +10,7 @@ LuthierError                 exit code 2 on the command line, one paragraph, no 
 ├─ ScheduleNotStepped        a budget or pruning schedule that nobody advanced
 ├─ BadState                  a saved state that is corrupt, unsafe, or incomplete
 │  └─ WrongBase              a saved state made for another base model
+├─ RowsFailed                a rack ran a batch in which some rows could not be served; the others are in it
 ├─ BadData                   a data file, column or label that cannot be used
 └─ RunStopped                training stopped early (NaN loss, full disk, Ctrl-C); the last good state is kept
 """
@@ -46,6 +47,16 @@ class BadState(LuthierError): ...
 
 
 class WrongBase(BadState): ...
+
+
+class RowsFailed(LuthierError):
+    """outputs: of all rows, those that failed blanked; errors: row -> the LuthierError that says why."""
+
+    def __init__(self, outputs, errors):
+        first, why = next(iter(errors.items()))
+        more = f" {len(errors) - 1} further rows failed." if len(errors) > 1 else ""
+        super().__init__(f"Row {first}: {why}{more}")
+        self.outputs, self.errors = outputs, errors
 
 
 class BadData(LuthierError): ...

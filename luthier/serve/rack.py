@@ -1,0 +1,819 @@
+"""The rack: many tuned states over one base, a different one for each row of a batch.
+
+    rack = Rack(model, memory="2GB")
+    rack.load("alice", "runs/alice")                       # a folder that save() wrote; refused before anything moves
+    out = rack(batch, names=["alice", "bob", None, "alice"])         # None: the base model
+    ids = rack.generate(input_ids=ids, names=[...], max_new_tokens=20)
+
+`rack(...)` raises RowsFailed after it has run the rows that could be run; `rack.run(...)` returns (outputs, errors) instead. Either
+way a row whose adapter is missing or broken fails alone: its outputs are NaN (padding, for generated ids).
+
+Adapters of one chain make a *kind* and share a batch: their states are stacked and the chain's verbs mapped over the rows, see
+`rows`. Adapters whose chains differ in numbers only (rank, alpha) are of one kind too where padding their states with zeros
+changes nothing, which is tried out on random states before it is believed. Other rows run one kind, or where a verb cannot be
+mapped one adapter, after the other; `cost()` says which and why.
+
+States lie on disk, memory-mapped; those in use lie in memory, at most `memory` bytes of them, the least recently used leaving first.
+"""
+
+import math
+import os
+import re
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional as F
+
+from .. import save
+from ..attach import base_of
+from ..errors import BadState, DoesNotFit, LuthierError, RowsFailed, UnknownName, WrongBase, nearest
+from ..host import Host, Owner
+from ..method import call, parse
+from ..site import Fixed
+from ..tokens import Attention, Tokens
+from .rows import Frozen, Held, Learning, Mixed, NotByRow, NotWithBase, Program, Refold, RowEntry, Unlearned, blank
+
+UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+
+
+def size(text):
+    """"2GB" -> bytes"""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(text).upper())
+    if not found or not float(found[1]):
+        raise DoesNotFit(f"memory={text!r} is no size. Write for example \"2GB\" or \"500MB\".")
+    unit = found[2] if found[2] in UNITS else found[2] + "B"
+    return int(float(found[1]) * UNITS[unit])
+
+
+class Adapter:
+    """One tuned state on disk: where, of which kind, and how to see that the file is still the one that was checked."""
+
+    def __init__(self, name, folder, recipe):
+        self.name, self.folder, self.chain, self.seed = name, Path(folder), parse(recipe["chain"]), recipe["seed"]
+        self.extra, self.sha256, self.kind = recipe["extra"], recipe["sha256"], None
+        self.shapes = {k: tuple(t["shape"]) for s in recipe["steps"] for k, t in s["tensors"].items()}
+        self.path = self.folder / save.STATE
+        self.stamp, self.bytes = self._stamp(), sum(self._bytes(t) for s in recipe["steps"] for t in s["tensors"].values())
+
+    @staticmethod
+    def _bytes(t):
+        return math.prod(t["shape"]) * (1 if t["shared"] else len(t["of"])) * save.DTYPES[t["dtype"]].itemsize
+
+    def _stamp(self):
+        s = os.stat(self.path)
+        return s.st_size, s.st_mtime_ns, s.st_ino
+
+    def tensors(self, device):
+        """Out of the memory-mapped file into memory."""
+        try:
+            if self._stamp() != self.stamp:
+                if save._sha256(self.path) != self.sha256:
+                    raise BadState(f"{self.path} has changed since it was loaded as {self.name!r}. Unload it and load it again.")
+                self.stamp = self._stamp()
+            with safe_open(self.path, "pt") as f:
+                return {k: f.get_tensor(k).clone().to(device) for k in f.keys()}
+        except SafetensorError as e:
+            raise BadState(f"{self.path}, loaded as {self.name!r}, is corrupt now ({str(e)[:100]}). Unload it, and load a whole one."
+                           ) from None
+        except OSError as e:
+            raise BadState(f"{self.path}, loaded as {self.name!r}, cannot be read any more ({e.strerror or e}). Unload it, or put it "
+                           "back.") from None
+
+
+class Resident:
+    """An adapter in memory: its tensors, and what its verbs keep of them."""
+
+    def __init__(self, adapter, tensors, fixed):
+        self.adapter, self.tensors, self.fixed = adapter, tensors, fixed
+        self.states, self.padded, self.folded, self.bytes = {}, {}, {}, adapter.bytes
+
+
+class Kind:
+    """Adapters that share a batch: one attachment whose entries take their states from the rack."""
+
+    def __init__(self, rack, folder, recipe):
+        self.rack, self.recipe = rack, recipe
+        tuned = save.load(rack.model, folder, name=f"rack/{len(rack.kinds)}")
+        self.owner, host, self.towers = tuned._owner, tuned._host, tuned._plan.stacks
+        self.chain, self.pools, self.plan = tuned.chain, tuned._pools, tuned._plan
+        self.entries, self.order = [], {}
+        for place in [*host.patches.values(), *host.ports.values()]:
+            place.entries = [e if e.owner is not self.owner else RowEntry(e, host, place) for e in place.entries]
+            self.entries += [e for e in place.entries if e.owner is self.owner]
+        fixed = {(e.step, e.site_name): {n: getattr(e.state, n) for n in e.state.fixed_names} for e in self.entries}
+        self.fixed = {recipe["seed"]: fixed}
+        self.drawn = any(k[0] == "calls" for pool in self.pools.values() for k in pool)
+        self.fixed_leaves = {(e, n) for e in self.entries for n in fixed[e.step, e.site_name]}
+        self.keys = {}                                     # (step, site) -> {leaf: (key in the file, place in it or None)}
+        for i, step in enumerate(recipe["steps"]):
+            for key, t in step["tensors"].items():
+                for at, j in enumerate(t["of"]):
+                    self.keys.setdefault((i, step["sites"][j]), {})[t["name"]] = (key, None if t["shared"] else at)
+        self.most = {k: tuple(t["shape"]) for s in recipe["steps"] for k, t in s["tensors"].items()}
+        self.varying = {i: {} for i in range(len(self.chain))}       # step -> {hyperparameter that differs within the kind}
+        self.why = self.no_base = None
+        self.n, self.learned, self.tries, self.frame = 0, False, 0, frame(recipe)
+        self.frozen, self.looped, self.programs, self.exact = Frozen(), {}, {}, set()
+        for st in tuned.states.values():                   # the tensors themselves are the rack's business from here on
+            for n in [*st._parameters, *st._buffers]:
+                delattr(st, n)
+        self.owner.active = False
+        if rack.owner not in host.owners:
+            host.owners.append(rack.owner)
+        host.drop(self.owner)
+
+    # -- on and off ---------------------------------------------------------------------------------------------------
+    def put(self):
+        host = Host.of(self.rack.model, make=True)
+        host.towers = self.towers
+        host.owners.append(self.owner)
+        for e in self.entries:
+            e.host = host
+            host.add(e)
+            e.where = next(p for p in [*host.patches.values(), *host.ports.values()] if e in p.entries)
+
+    def bind(self, resident):
+        chain = resident.adapter.chain
+        for e in self.entries:
+            e.state, e.method = self.state_of(resident, e), chain[e.step]
+
+    # -- states ---------------------------------------------------------------------------------------------------------
+    def raw(self, resident, e):
+        """leaf -> tensor at this entry, as the file has it, and what init makes again."""
+        found = {n: resident.tensors[k] if at is None else resident.tensors[k][at]
+                 for n, (k, at) in self.keys.get((e.step, e.site_name), {}).items()}
+        return found | resident.fixed[e.step, e.site_name]
+
+    def state_of(self, resident, e):
+        if e not in resident.states:
+            resident.states[e] = Held({**e.plain, **self.raw(resident, e)}, e.key, e.site_name)
+        return resident.states[e]
+
+    def leaves_of(self, resident, e):
+        """The same, padded to the largest of the kind; and the hyperparameters that differ within it, as tensors."""
+        if e not in resident.padded:
+            keys = self.keys.get((e.step, e.site_name), {})
+            values = {n: pad(t, self.most[keys[n][0]]) if n in keys else t for n, t in self.raw(resident, e).items()}
+            resident.padded[e] = values
+        return resident.padded[e], hyper(resident.adapter.chain[e.step], self.varying[e.step])
+
+    def hollow(self, e, name):
+        """A leaf that nobody needs: its shape and type alone."""
+        key, _ = self.keys[e.step, e.site_name][name]
+        step = self.recipe["steps"][e.step]
+        return blank(save.DTYPES[step["tensors"][key]["dtype"]], self.rack.device).expand(self.most[key])
+
+    def plainly(self, e, verb):
+        old = self.programs[e, verb]
+        self.programs[e, verb] = Program(old.leaves, old.own, fold=False)
+
+    def last_attend(self, e):
+        return e.where.attends[-1]
+
+    def fixed_of(self, seed):
+        """What init makes again from the seed; the seed's own only where init draws at random at all."""
+        if not self.fixed_leaves:
+            return next(iter(self.fixed.values()))
+        if not self.drawn:
+            return next(iter(self.fixed.values()))
+        if seed not in self.fixed:
+            made = {}
+            for step in self.plan.steps:
+                pool = {}
+                bound = {s: s.bound(seed=seed, step=step.number, pool=pool, n_sites=len(step.sites), rank=r)
+                         for r, s in enumerate(step.sites)}
+                pool["sites"] = [bound[s] for s in step.sites if s not in step.twins]
+                for s in pool["sites"]:
+                    if any((e.step, e.site_name) == (step.number, s.name) for e, _ in self.fixed_leaves):
+                        new = call(step.method, "init", site=bound[next(t for t in step.sites if t.name == s.name)], seen=None)
+                        made[step.number, s.name] = {n: v.value.detach() for n, v in (new or {}).items() if isinstance(v, Fixed)}
+            self.fixed[seed] = {(e.step, e.site_name): made.get((e.step, e.site_name), {}) for e in self.entries}
+        return self.fixed[seed]
+
+    # -- who belongs --------------------------------------------------------------------------------------------------------
+    def admits(self, adapter, recipe):
+        """Whether an adapter can share batches with this kind; makes room for it (larger states) if so."""
+        if self.frame != frame(recipe):
+            return False
+        numbers = {i: {n: None for n in vars(m) if vars(m)[n] != vars(a)[n]}
+                   for i, (m, a) in enumerate(zip(self.chain, adapter.chain, strict=True))}
+        most = {k: tuple(map(max, s, adapter.shapes[k])) for k, s in self.most.items()}
+        grown = {i: {**self.varying[i], **numbers[i]} for i in numbers}
+        if grown == self.varying and most == self.most:
+            if adapter.shapes == self.most or repr(adapter.chain) in self.exact:
+                return True
+        if not self._exact(adapter.chain, adapter.shapes, most, grown):
+            return False
+        if (grown, most) != (self.varying, self.most):
+            self.varying, self.most = grown, most
+            self.programs, self.learned, self.looped = {}, False, {}
+            self.rack.forget(self)
+        self.exact |= {repr(self.chain), repr(adapter.chain)}
+        return True
+
+    def _exact(self, chain, shapes, most, varying):
+        """Tried on random states: padded with zeros and with its numbers as tensors, each chain says what it says on its own."""
+        first = {k: tuple(t["shape"]) for s in self.recipe["steps"] for k, t in s["tensors"].items()}
+        done = set()
+        for e in self.entries:
+            keys = self.keys.get((e.step, e.site_name), {})
+            kind = (e.step, e.site.kind, e.site.role, e.site.d_in, e.site.d_out, tuple(keys))
+            if kind in done:
+                continue
+            done.add(kind)
+            for methods, these in ((self.chain, first), (chain, shapes)):
+                method, g = methods[e.step], torch.Generator().manual_seed(len(done))
+                table = self.recipe["steps"][e.step]["tensors"]
+                fixed = self.fixed[self.recipe["seed"]][e.step, e.site_name]
+                own = {n: _random(these[k], save.DTYPES[table[k]["dtype"]], g).to(self.rack.device) for n, (k, _) in keys.items()}
+                wide = {n: pad(t, most[keys[n][0]]) for n, t in own.items()}
+                e.method = method
+                try:
+                    a = _try(e.bound({**own, **fixed}, {}), e)
+                    b = _try(e.bound({**wide, **fixed}, hyper(method, varying[e.step])), e)
+                    for x, y in zip(a, b, strict=True):
+                        torch.testing.assert_close(x, y)
+                except (AssertionError, RuntimeError, TypeError, ValueError, IndexError):
+                    return False
+        return True
+
+    # -- stacking -----------------------------------------------------------------------------------------------------------
+    def compose(self, names, residents):
+        """The states of these rows, side by side. residents: name -> Resident; a base row borrows somebody's."""
+        some = next(iter(residents.values()))
+        rows, stacks, states = [residents.get(n, some) for n in names], {}, {}
+        for (e, verb), program in self.programs.items():
+            mine, keys = [], self.keys.get((e.step, e.site_name), {})
+            for name in program.leaves:
+                if name not in program.live or name.startswith("w."):
+                    continue
+                if name.startswith("h."):
+                    h = [hyper(r.adapter.chain[e.step], {name[2:]: None})[name[2:]] for r in rows]
+                    mine.append((name, torch.stack(h).to(self.rack.device), 0))
+                elif name in keys:
+                    key, at = keys[name]
+                    if key not in stacks:
+                        stacks[key] = self._stack([r.tensors[key] for r in rows], self.most[key])
+                    mine.append((name, stacks[key] if at is None else stacks[key][:, at], 0))
+                else:
+                    fixed = [r.fixed[e.step, e.site_name][name] for r in rows]
+                    same = all(t is fixed[0] for t in fixed)
+                    mine.append((name, fixed[0] if same else torch.stack(fixed), None if same else 0))
+            if program.kept:
+                kept = [self.fold(r, e, verb, program) for r in rows]
+                mine += [(n, torch.stack([k[n] for k in kept]), 0) for n in sorted(program.kept)]
+            states[e, verb] = mine
+        return Mixed(self, names, states, self.rack.device)
+
+    @staticmethod
+    def _stack(tensors, most):
+        """(rows, [sites,] *most), smaller ones padded with zeros."""
+        n = tensors[0].dim() - len(most)
+        if all(t.shape[n:] == most for t in tensors):
+            return torch.stack(tensors)
+        out = tensors[0].new_zeros(len(tensors), *tensors[0].shape[:n], *most)
+        for o, t in zip(out, tensors, strict=True):
+            o[tuple(slice(0, d) for d in t.shape)] = t
+        return out
+
+    def fold(self, resident, e, verb, program):
+        """What the verb keeps of one state: worked out once while the state is in memory."""
+        if (e, verb) not in resident.folded:
+            values, numbers = self.leaves_of(resident, e)
+            shared = {}
+            if any(n.startswith("w.") for n in program.leaves):
+                P, b = e.where.tensors(e.param, e.where.slow)
+                shared = {"W": e.site.read(P), "b": None if b is None else e.site.read_b(b)}
+            leaves = [shared[n[2:]] if n.startswith("w.") else numbers[n[2:]] if n.startswith("h.") else values[n]
+                      for n in program.leaves]
+            resident.folded[e, verb] = program.run(leaves)
+            more = sum(t.nbytes for t in resident.folded[e, verb].values())
+            resident.bytes += more
+            self.rack.used += more
+        return resident.folded[e, verb]
+
+
+def pad(t, shape):
+    return t if tuple(t.shape) == tuple(shape) else F.pad(t, [p for n, m in zip(reversed(t.shape), reversed(shape), strict=True)
+                                                             for p in (0, m - n)])
+
+
+def hyper(method, names):
+    """Numbers of a method as tensors, so that they can differ by row."""
+    return {n: torch.tensor(float(getattr(method, n)), dtype=torch.float64) for n in names}
+
+
+def frame(recipe):
+    """All that must agree for states to be stacked: methods, words among their hyperparameters, sites, tensors but for their sizes."""
+    def word(v):
+        return v if not isinstance(v, int | float) or isinstance(v, bool) else "number"
+
+    chain = parse(recipe["chain"])
+    return ([(type(m).__name__, {n: word(v) for n, v in vars(m).items()}) for m in chain], recipe["on"],
+            [(s["sites"], s["plain"], s["init"],
+              {k: (t["name"], t["shared"], t["of"], t["dtype"], len(t["shape"])) for k, t in s["tensors"].items()})
+             for s in recipe["steps"]])
+
+
+def _random(shape, dtype, g):
+    return torch.randn(shape, generator=g).to(dtype) * 0.3 if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+
+def _try(bound, e):
+    """What the bound entry's verbs say on random input: a list of tensors."""
+    m, p, s, g = bound.method, bound.state, e.site, torch.Generator().manual_seed(0)
+    like = s.like
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g).to(like.device, like.dtype)
+
+    if s.kind == "stream":
+        t = call(m, "stream", t=Tokens(draw(2, (s.stack.fixed if s.stack else 0) + 8, s.d_out),
+                                       fixed=s.stack.fixed if s.stack else 0), p=p)
+        return [t.h]
+    if s.kind == "attend":
+        H, K, D = s.heads
+        a = Attention(draw(2, H, 6, D), draw(2, K, 6, D), draw(2, K, 6, D), grouped=H != K)
+        a = call(m, "attend", a=a, p=p)
+        return [a if torch.is_tensor(a) else a.run()]
+    W, b = s.W, s.b
+    out = call(m, "weight", W=W, p=p, **({"b": W.new_zeros(W.shape[0]) if b is None else b} if "b" in m.wants("weight") else {}))
+    out = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+    if e.fast:
+        x = draw(3, s.d_in)
+        out.append(call(m, "fast", x=x, y=F.linear(x, W, b), p=p, W=W, b=b))
+    return out
+
+
+class Rack:
+    """See the head of this file."""
+
+    def __init__(self, model, memory="2GB"):
+        self.model = base_of(model)
+        where = {p.device for p in self.model.parameters()}
+        if len(where) > 1:
+            raise DoesNotFit(f"This model lies on several devices ({', '.join(map(str, where))}); a rack serves one on a single device.")
+        self.device, self.memory, self.used = where.pop(), size(memory), 0
+        self.adapters, self.kinds, self.items = {}, [], OrderedDict()
+        self.stats = Counter()
+        self._base = None                                  # the base's fingerprint: it is never written, so it is taken once
+        self.owner = Owner("rack")                         # keeps the host between kinds
+        self.owner.active, self.owner.states, self.owner.chain = False, nn.ModuleDict(), ()
+
+    # -- loading --------------------------------------------------------------------------------------------------------
+    def load(self, name, folder):
+        """Know the state in `folder` as `name`. Everything about it is checked now; its tensors stay on disk until they are used."""
+        if not isinstance(name, str) or not name:
+            raise BadState(f"{name!r} is no name for an adapter. Give a text.")
+        if name in self.adapters:
+            raise BadState(f"An adapter is called {name!r} already. unload() it first, or choose another name.")
+        recipe = save.read(folder)
+        try:
+            adapter = Adapter(name, folder, recipe)
+        except LuthierError as e:
+            raise BadState(f"{folder}: its chain cannot be served here. {e}") from e
+        if self._need(adapter, 1) > self.memory:
+            raise DoesNotFit(f"{folder} needs {_human(self._need(adapter, 1))} in memory, and this rack may hold {_human(self.memory)}. "
+                             f"Give it more: Rack(model, memory=\"{_human(2 * self._need(adapter, 1), True)}\").")
+        kind = None
+        if self._base is not None:
+            self._fits(recipe, folder)
+            with save._sense(adapter.folder / save.RECIPE):
+                kind = next((k for k in self.kinds if k.admits(adapter, recipe)), None)
+        if kind is None:
+            kind = self._new(folder, recipe)
+        adapter.kind, kind.n = kind, kind.n + 1
+        self.adapters[name] = adapter
+        self.stats["loads"] += 1
+        return self
+
+    def load_all(self, folder):
+        """Load every state in the sub-folders of `folder` under its sub-folder's name; returns name -> error of those refused."""
+        folder, errors = Path(folder), {}
+        if not folder.is_dir():
+            raise BadState(f"{folder} is no folder. Give one whose sub-folders hold tuned states.")
+        for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            try:
+                self.load(path.name, path)
+            except LuthierError as e:
+                errors[path.name] = e
+        if not self.adapters:
+            raise next(iter(errors.values()), BadState(f"{folder} has no sub-folder with a tuned state. Put what `luthier tune` wrote there."))
+        return errors
+
+    def _fits(self, recipe, folder):
+        want, have = recipe["base"].get("fingerprint"), self._base
+        if want != have:
+            save._same_base(self.model, recipe, folder)     # says how it differs; a base that was written since is found here too
+            raise WrongBase(f"{folder} was made for another base ({want}; here {have}).")
+        host = Host.of(self.model)
+        under = [repr(o.chain) for o in host.owners if o.active] if host else []
+        if under != recipe["on"]:
+            raise WrongBase(f"{folder} was trained on top of {' and '.join(recipe['on']) or 'the bare base'}; this rack stands on "
+                            f"{' and '.join(under) or 'the bare base'}.")
+
+    def _new(self, folder, recipe):
+        on = [k for k in self.kinds if k.owner in self._host_owners()]
+        for k in on:
+            self._lift(k)
+        try:
+            kind = Kind(self, folder, recipe)
+        except LuthierError:
+            self._bare()
+            raise
+        self._base = recipe["base"]["fingerprint"]
+        self.kinds.append(kind)
+        return kind
+
+    def _host_owners(self):
+        host = Host.of(self.model)
+        return host.owners if host else []
+
+    def _lift(self, kind):
+        Host.of(self.model).drop(kind.owner)
+
+    def _bare(self):
+        host = Host.of(self.model)
+        if host is not None and host.owners == [self.owner]:
+            host.drop(self.owner)
+
+    def unload(self, name):
+        """Forget an adapter; its file stays."""
+        adapter = self._named(name)
+        del self.adapters[name]
+        for key in [k for k in self.items if name in (k[1] if k[0] == "rows" else (k[1],))]:
+            self._evict(key)
+        adapter.kind.n -= 1
+        if not adapter.kind.n:
+            kind = adapter.kind
+            if kind.owner in self._host_owners():
+                self._lift(kind)
+            self.kinds.remove(kind)
+            if not self.kinds:
+                self._bare()
+                self._base = None
+        return self
+
+    def close(self):
+        """Leave the base as it was."""
+        for name in list(self.adapters):
+            self.unload(name)
+
+    @property
+    def names(self):
+        return list(self.adapters)
+
+    def __contains__(self, name):
+        return name in self.adapters
+
+    def __len__(self):
+        return len(self.adapters)
+
+    def __repr__(self):
+        return f"Rack({type(self.model).__name__}, {len(self)} adapters, {_human(self.used)} of {_human(self.memory)} used)"
+
+    def _named(self, name):
+        if name not in self.adapters:
+            raise UnknownName(f"No adapter is called {name!r}. {nearest(name, self.adapters)} load() it first.")
+        return self.adapters[name]
+
+    # -- memory ------------------------------------------------------------------------------------------------------------
+    def _evict(self, key):
+        self.used -= self.items.pop(key).bytes
+
+    def forget(self, kind):
+        """Drop what is in memory of a kind (its adapters stay on disk)."""
+        for key in [k for k, item in self.items.items() if getattr(item, "kind", None) is kind
+                    or isinstance(item, Resident) and item.adapter.kind is kind]:
+            self._evict(key)
+
+    def _room(self, need, keep=()):
+        while self.used + need > self.memory:
+            key = next((k for k in self.items if k not in keep), None)
+            if key is None:
+                raise MemoryError
+            self._evict(key)
+            self.stats["evictions"] += 1
+
+    @staticmethod
+    def _need(adapter, rows):
+        """Bytes at most: a state and what its verbs keep of it (never more than its own size), alone and for each row."""
+        return 2 * adapter.bytes * (1 if rows == 1 else rows + 1)
+
+    def resident(self, name, keep=()):
+        key = ("state", name)
+        if key not in self.items:
+            adapter = self.adapters[name]
+            self._room(2 * adapter.bytes, keep)
+            self.items[key] = Resident(adapter, adapter.tensors(self.device), adapter.kind.fixed_of(adapter.seed))
+            self.used += adapter.bytes
+            self.stats["reads"] += 1
+        self.items.move_to_end(key)
+        return self.items[key]
+
+    def _mixed(self, kind, names):
+        """The composition of these rows, made once for as long as it stays in memory."""
+        key = ("rows", tuple(names))
+        if key not in self.items:
+            there = [n for n in dict.fromkeys(names) if n is not None]
+            keep = {("state", n) for n in there}
+            residents = {n: self._resident(n, keep) for n in there}
+            self._room(2 * max(self.adapters[n].bytes for n in there) * len(names), keep)
+            mixed = kind.compose(list(names), residents)
+            tensors = {t.untyped_storage()._cdata: t for s in mixed.states.values() for _, t, d in s if d is not None}
+            mixed.bytes = sum(t.untyped_storage().nbytes() for t in tensors.values())
+            self.items[key] = mixed
+            self.used += mixed.bytes
+            self.stats["compositions"] += 1
+        self.items.move_to_end(key)
+        return self.items[key]
+
+    # -- running ---------------------------------------------------------------------------------------------------------------
+    def __call__(self, batch=None, *, names, **kwargs):
+        """The model's output for a batch (a dict of its arguments), row i with adapter names[i], None being the base model. Raises
+        RowsFailed, which carries the outputs of the other rows, where some adapter is missing or broken."""
+        out, errors = self.run(batch, names=names, **kwargs)
+        if errors:
+            raise RowsFailed(out, errors)
+        return out
+
+    def run(self, batch=None, *, names, **kwargs):
+        """-> (outputs, {row: error})"""
+        return self._run({**(batch or {}), **kwargs}, names, lambda b, first=False: self.model(**b))
+
+    def generate(self, *, names, **kwargs):
+        """The model's generate(), row i with adapter names[i]; beams and several sequences a row work as they do there."""
+        n = len(list(names))
+        batch = {k: v for k, v in kwargs.items() if torch.is_tensor(v) and v.dim() and len(v) == n}
+        rest = {k: v for k, v in kwargs.items() if k not in batch}
+        fill = next((i for c in (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+                     if c is not None and (i := c.pad_token_id) is not None), 0)
+        fill = kwargs.get("pad_token_id", fill)
+
+        def run(b, first=False):
+            short = {k: v for k, v in rest.items() if k not in ("max_length", "min_length", "min_new_tokens", "streamer")}
+            return self.model.generate(**b, **(short | {"max_new_tokens": 1} if first else rest))
+
+        out, errors = self._run(batch, names, run, fill)
+        if errors:
+            raise RowsFailed(out, errors)
+        return out
+
+    def view(self, names):
+        """A model for row i of a data set, which takes adapter names[i]; `at(rows)` says which rows come next."""
+        return View(self, list(names))
+
+    def _run(self, batch, names, fn, fill=None):
+        names = list(names)
+        rows = {k: len(v) for k, v in batch.items() if torch.is_tensor(v) and v.dim()}
+        if not names or rows and len(names) not in rows.values():
+            raise DoesNotFit(f"{len(names)} names for a batch of {' or '.join(map(str, sorted(set(rows.values()))))} rows. "
+                             "Give one name a row, None for the base model.")
+        errors, outs = {}, None
+        for i, name in enumerate(names):
+            if name is not None and name not in self.adapters:
+                errors[i] = UnknownName(f"no adapter is called {name!r}. {nearest(name, self.adapters)} load() it first.")
+        with torch.no_grad():
+            while outs is None and len(errors) < len(names):
+                use = [None if i in errors else n for i, n in enumerate(names)]
+                try:
+                    outs = [(at, self._part(kind, [use[i] for i in at], _rows_of(batch, at, len(names)), fn))
+                            for kind, at in self._parts(use, set(errors))]
+                except _Lost as lost:                       # a state that could not be read: its rows fail, the rest runs again
+                    errors |= {i: lost.error for i, n in enumerate(names) if n == lost.name}
+                except _Again:
+                    pass
+        self.stats["rows"] += len(names)
+        return (None if outs is None else _joined(outs, len(names), sorted(errors), fill)), errors
+
+    def _parts(self, names, failed):
+        """[(kind or None for the base, rows)]: what can run at once. Rows that failed ride along as base rows."""
+        groups = {}
+        for i, n in enumerate(names):
+            groups.setdefault(self.adapters[n].kind if n is not None else None, []).append(i)
+        base, parts = groups.pop(None, []), []
+        for kind, at in groups.items():
+            alone = [i for i in base] if len(groups) == 1 and not (kind.why or kind.no_base) else []
+            base = [] if alone else base
+            at = sorted(at + alone)
+            by = {}
+            for i in at:
+                by.setdefault(names[i], []).append(i)
+            if len(by) == 1 or not kind.why:
+                parts += self._chunks(kind, by)
+            else:
+                parts += [(kind, rows) for rows in by.values()]
+        return parts + ([(None, base)] if base else [])
+
+    def _chunks(self, kind, by):
+        """As many adapters at a time as memory holds; equal names side by side where that makes fewer, larger groups."""
+        most = max((self.adapters[n].bytes for n in by if n is not None), default=0)
+        whole = [i for rows in by.values() for i in rows]
+        together = math.gcd(*map(len, by.values()))
+        if len(by) == 1:
+            return [(kind, sorted(whole))]
+        if 2 * most * (len(whole) // together + len([n for n in by if n is not None])) <= self.memory:
+            return [(kind, whole if together > 1 else sorted(whole))]
+        half = list(by.items())
+        middle = len(half) // 2
+        return [p for part in (half[:middle], half[middle:]) for p in self._chunks(kind, dict(part))]
+
+    def _part(self, kind, names, batch, fn):
+        """One run of the model: one state, or one for each group of rows."""
+        if kind is None or set(names) == {None}:
+            return fn(batch)
+        distinct = list(dict.fromkeys(names))
+        if len(distinct) == 1:
+            with self._serving(kind, self._resident(distinct[0])):
+                return fn(batch)
+        first = next(n for n in distinct if n is not None)
+        try:
+            if not kind.learned:
+                self._learn(kind, first, _rows_of(batch, [0], len(names)), fn)
+            g = math.gcd(*(len(r) for r in _runs(names)))
+            mixed = self._mixed(kind, names[::g])
+            with self._serving(kind, self._resident(first), mixed):
+                mixed.met = {}
+                out = fn(batch)
+            if kind.learned is not True:
+                self._see(kind, mixed, len(names))
+            return out
+        except NotWithBase as e:
+            kind.no_base = str(e)
+        except NotByRow as e:
+            kind.why = str(e)
+        except Refold:
+            self._drop_rows(kind)
+        except Unlearned:
+            kind.tries, kind.learned = kind.tries + 1, False
+            if kind.tries > 2:
+                kind.why = "The model's path through its modules differs from run to run."
+            self._drop_rows(kind)
+        raise _Again
+
+    def _resident(self, name, keep=()):
+        try:
+            return self.resident(name, keep)
+        except BadState as e:
+            self.stats["lost"] += 1
+            raise _Lost(name, e) from e
+
+    def _drop_rows(self, kind):
+        for key in [k for k, item in self.items.items() if k[0] == "rows" and item.kind is kind]:
+            self._evict(key)
+        for item in self.items.values():
+            if isinstance(item, Resident) and item.adapter.kind is kind:
+                item.folded, item.padded = {}, {}
+
+    @contextmanager
+    def _serving(self, kind, resident, rows=None):
+        """Within, the model runs with one state, or with one a row."""
+        if kind.owner not in self._host_owners():
+            for k in self.kinds:
+                if k.owner in self._host_owners():
+                    self._lift(k)
+            kind.put()
+        host = Host.of(self.model)
+        kind.bind(resident)
+        try:
+            kind.owner.active, host.rows = True, rows
+            host.refresh()
+            yield self.model
+        finally:
+            kind.owner.active, host.rows = False, None
+            host.refresh()
+
+    def _learn(self, kind, name, batch, fn):
+        """One row, one state: which verbs compute what from the state alone, and how many of everything a row has."""
+        resident = self._resident(name)
+        runs = Learning(kind, 1)
+        runs.held = resident
+        with self._serving(kind, resident, runs):
+            fn(batch, first=True)
+        kind.seen, kind.learned = runs.met, kind.learned or "once"
+
+    @staticmethod
+    def _see(kind, mixed, rows):
+        """Every place had as many times more of everything as there are rows, or one for all: rows come first there."""
+        for place, n in mixed.met.items():
+            one = kind.seen.get(place)
+            if one is not None and n != one * rows and not n == one == 1:
+                name = type(getattr(place, "module", None) or place.site.module).__name__
+                raise NotByRow(f"{name} is called with {one} of something for one row and {n} for {rows}: rows are not its first "
+                               "dimension.")
+        kind.learned = True
+
+    # -- what it costs ----------------------------------------------------------------------------------------------------
+    def cost(self):
+        """What the rack holds and how it serves: plain numbers and words."""
+        return dict(adapters=len(self), memory=self.memory, used=self.used,
+                    in_memory=sum(k[0] == "state" for k in self.items), compositions=sum(k[0] == "rows" for k in self.items),
+                    bytes_on_disk=sum(a.bytes for a in self.adapters.values()), counts=dict(self.stats),
+                    kinds=[dict(chain=repr(k.chain), adapters=k.n, numbers_that_differ={i: sorted(v) for i, v in k.varying.items() if v},
+                                bytes_each=max(a.bytes for a in self.adapters.values() if a.kind is k),
+                                served="adapter by adapter" if k.why else "row by row", why=k.why, base_apart=k.no_base,
+                                looped=sorted(set(k.looped.values())), traces=len(k.frozen.made)) for k in self.kinds])
+
+
+class _Lost(Exception):
+    def __init__(self, name, error):
+        self.name, self.error = name, error
+
+
+class _Again(Exception):
+    """Something was learned about a kind: the same batch is divided anew."""
+
+
+def _runs(names):
+    """Maximal runs of equal names."""
+    out = []
+    for n in names:
+        if out and out[-1][-1] == n:
+            out[-1].append(n)
+        else:
+            out.append([n])
+    return out
+
+
+def _rows_of(batch, at, n):
+    if at == list(range(n)):
+        return batch
+    return {k: v[torch.tensor(at, device=v.device)] if torch.is_tensor(v) and v.dim() and len(v) == n else v for k, v in batch.items()}
+
+
+def _joined(outs, n, failed, fill=None):
+    """The outputs of several runs as one, in the rows' order; rows that failed are blanked. What has no rows (a loss, a cache) is
+    left out when there was more than one run."""
+    whole = len(outs) == 1 and outs[0][0] == list(range(n))
+    if whole and not failed:
+        return outs[0][1]
+
+    def join(parts):
+        x = parts[0]
+        if torch.is_tensor(x) and x.dim() and all(torch.is_tensor(y) and y.dim() and len(y) % len(at) == 0
+                                                  for y, (at, _) in zip(parts, outs, strict=True)):
+            k = len(x) // len(outs[0][0])
+            wide = tuple(max(y.shape[d] for y in parts) for d in range(1, x.dim()))
+            blank = fill if fill is not None else float("nan") if x.dtype.is_floating_point else 0
+            out = x.new_full((n * k, *wide), blank)
+            for y, (at, _) in zip(parts, outs, strict=True):
+                rows = (torch.tensor(at)[:, None] * k + torch.arange(k)).flatten().to(x.device)
+                out[(rows, *(slice(0, d) for d in y.shape[1:]))] = y
+            for i in failed:
+                out[i * k:(i + 1) * k] = blank
+            return out
+        if isinstance(x, tuple) and x and all(isinstance(y, tuple) and len(y) == len(x) for y in parts):
+            made = [join(list(column)) for column in zip(*parts, strict=True)]
+            return type(x)(*made) if hasattr(x, "_fields") else tuple(made)
+        return x if whole and not torch.is_tensor(x) else None
+
+    first = outs[0][1]
+    if isinstance(first, dict):                             # a transformers output keeps its class
+        keys = [k for k in first if all(k in o for _, o in outs)]
+        made = {k: join([o[k] for _, o in outs]) for k in keys}
+        return type(first)(**{k: v for k, v in made.items() if v is not None})
+    return join([o for _, o in outs])
+
+
+class View:
+    """A rack as a model whose rows belong to a data set: what `task.predict` runs."""
+
+    def __init__(self, rack, names):
+        self.rack, self.names, self.rows, self.errors, self.training = rack, names, range(len(names)), {}, False
+
+    def at(self, rows):
+        self.rows = list(rows)
+
+    def __call__(self, **batch):
+        out, errors = self.rack.run(batch, names=[self.names[i] for i in self.rows])
+        self.errors |= {self.rows[i]: e for i, e in errors.items()}
+        if out is None:
+            raise RowsFailed(None, self.errors)
+        return out
+
+    def generate(self, **kwargs):
+        return self.rack.generate(names=[self.names[i] for i in self.rows], **kwargs)
+
+    def train(self, mode=True):
+        return self
+
+    def eval(self):
+        return self
+
+    def parameters(self):
+        return self.rack.model.parameters()
+
+    @property
+    def config(self):
+        return self.rack.model.config
+
+
+def _human(n, text=False):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1024 or unit == "TB":
+            return f"{math.ceil(n)}{unit}" if text else f"{n:.3g} {unit}"
+        n /= 1024
