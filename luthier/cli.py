@@ -218,19 +218,43 @@ def tune(a):
         print(f"Saved in {a.out}. Next: luthier predict {folder} INPUT, or luthier merge {folder} --out MODEL_DIR")
 
 
-@command(arg("folder", metavar="DIR", help="what `luthier tune` wrote"),
+@command(arg("folder", metavar="DIR", nargs="?", help="what `luthier tune` wrote; with --rack none"),
          arg("input", metavar="INPUT", nargs="+", help="a text, an image file, a folder of images, a file of rows, or - for "
                                                        "lines of stdin"),
+         arg("--rack", metavar="DIR", help="a folder whose sub-folders `luthier tune` wrote: one base, a tuned state for each row, "
+                                           "which names it in its column `adapter`"),
+         arg("--adapter", metavar="NAME", help="with --rack: of rows that name none"),
+         arg("--memory", default="2GB", metavar="SIZE", help="with --rack: what states in use may take (default 2GB)"),
          IMPORT, JSON)
 def predict(a):
-    """predict with a tuned model"""
+    """predict with a tuned model, or with many over one base
+
+    luthier predict tuned "the film was good"
+    luthier predict --rack customers rows.csv
+    """
     _include(a)
     from .tune import inputs, reopen
 
-    task, tuned = reopen(a.folder)
-    given = [x for source in a.input for x in inputs(task, source)]
-    found = task.predict(tuned, given)
-    if a.json:
+    errors = {}
+    if a.rack:
+        from .serve.predict import predict as serve
+
+        given, found, errors = serve(a.rack, [*([a.folder] if a.folder else []), *a.input], a.adapter, a.memory)
+    elif not a.folder:
+        raise LuthierError("Say which tuned model: luthier predict DIR INPUT, or luthier predict --rack DIR INPUT.")
+    else:
+        task, tuned = reopen(a.folder)
+        given = [x for source in a.input for x in inputs(task, source)]
+        found = task.predict(tuned, given)
+    _predictions(given, found, a.json)
+    if errors:
+        from .errors import RowsFailed
+
+        raise RowsFailed(found, errors)
+
+
+def _predictions(given, found, as_json):
+    if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     for x, y in zip(given, found, strict=True):

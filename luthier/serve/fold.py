@@ -22,12 +22,13 @@ class Ref(int):
     """The number of a value that depends on the state alone."""
 
 
-LOOKS = {"size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__", "__get__", "is_contiguous"}
+LOOKS = {"__get__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "is_contiguous"}
 NEVER = ("rand", "dropout", "bernoulli", "multinomial", "normal", "uniform", "exponential", "empty")
 
 
 class Program:
-    """What one verb at one site computes from its state: a table from operation to number, numbers to keep, and leaves to keep."""
+    """What one verb at one site computes from its state: a table from operation to number, the numbers whose values are kept, at
+    most `own` bytes of them, and the leaves that are needed beside them."""
 
     def __init__(self, leaves, own, fold=True):
         self.leaves, self.own, self.fold = tuple(leaves), own, fold
@@ -48,11 +49,14 @@ class Program:
         else:
             self.kept.add(n)
 
+    def bytes(self, n=None):
+        """Of what is kept, or of one number."""
+        return sum(map(self.bytes, self.kept)) if n is None else self.shapes[n][0].numel() * self.shapes[n][1].itemsize
+
     def settle(self):
-        """Keep no more than the state's own size; returns whether anything had to be given up."""
-        size = {n: self.shapes[n][0].numel() for n in self.kept}
-        worst = max(size, key=size.get, default=None)
-        if worst is None or sum(size.values()) <= self.own:
+        """Keep no more than `own`; returns whether anything had to be given up."""
+        worst = max(self.kept, key=self.bytes, default=None)
+        if worst is None or self.bytes() <= self.own:
             self.hash = hash((tuple(self.table), tuple(sorted(self.kept)), tuple(sorted(self.live))))
             return False
         self.banned.add(next(k for k, (first, count) in self.table.items() if first <= worst < first + count))

@@ -218,7 +218,7 @@ class Rack:
             there = [n for n in dict.fromkeys(names) if n is not None]
             keep = {("state", n) for n in there}
             residents = {n: self._resident(n, keep) for n in there}
-            self._room(2 * max(self.adapters[n].bytes for n in there) * len(names), keep)
+            self._room(max(self.adapters[n].bytes for n in there) * (2 * len(names) + len(there)), keep)
             mixed = kind.compose(list(names), residents)
             tensors = {t.untyped_storage()._cdata: t for s in mixed.states.values() for _, t, d in s if d is not None}
             mixed.bytes = sum(t.untyped_storage().nbytes() for t in tensors.values())
@@ -260,7 +260,7 @@ class Rack:
         return out
 
     def view(self, names):
-        """A model for row i of a data set, which takes adapter names[i]; `at(rows)` says which rows come next."""
+        """A model for row i of a data set, which takes adapter names[i]; `serve_rows(rows)` says which rows come next."""
         return View(self, list(names))
 
     def _run(self, batch, names, fn, fill=None):
@@ -476,36 +476,35 @@ def _joined(outs, n, failed, fill=None):
 
 
 class View:
-    """A rack as a model whose rows belong to a data set: what `task.predict` runs."""
+    """A rack as a model whose rows belong to a data set: what `task.predict` runs. A row that fails is noted in `errors`."""
+
+    training = False
 
     def __init__(self, rack, names):
-        self.rack, self.names, self.rows, self.errors, self.training = rack, names, range(len(names)), {}, False
+        self.rack, self.names, self.rows, self.errors = rack, names, range(len(names)), {}
 
-    def at(self, rows):
+    def serve_rows(self, rows):
         self.rows = list(rows)
 
     def __call__(self, **batch):
         out, errors = self.rack.run(batch, names=[self.names[i] for i in self.rows])
         self.errors |= {self.rows[i]: e for i, e in errors.items()}
-        if out is None:
-            raise RowsFailed(None, self.errors)
-        return out
+        return out if out is not None else self.rack.model(**batch)
 
     def generate(self, **kwargs):
-        return self.rack.generate(names=[self.names[i] for i in self.rows], **kwargs)
+        try:
+            return self.rack.generate(names=[self.names[i] for i in self.rows], **kwargs)
+        except RowsFailed as e:
+            self.errors |= {self.rows[i]: why for i, why in e.errors.items()}
+            return kwargs["input_ids"] if e.outputs is None else e.outputs
 
     def train(self, mode=True):
         return self
 
-    def eval(self):
-        return self
+    eval = train
 
     def parameters(self):
         return self.rack.model.parameters()
-
-    @property
-    def config(self):
-        return self.rack.model.config
 
 
 def _human(n, text=False):

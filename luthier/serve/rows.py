@@ -124,7 +124,8 @@ class Learning(Runs):
         values, hyper = self.kind.leaves_of(self.held, e)
         names = [*values, *(f"h.{h}" for h in hyper), *(f"w.{w}" for w in shared)]
         leaves = [*values.values(), *hyper.values(), *shared.values()]
-        own = sum(t.numel() for n, t in values.items() if (e, n) not in self.kind.fixed_leaves)
+        own = sum(t.nbytes for n, t in values.items() if (e, n) not in self.kind.fixed_leaves)
+        own -= sum(p.bytes() for (other, v), p in self.kind.programs.items() if other is e and v != verb)
         program = Program(names, own)
         while True:
             with Numbering(program, dict(enumerate(leaves))) as mode:
@@ -209,7 +210,7 @@ class Mixed(Runs):
         program, mine = self.program(e, verb), self.states[e, verb]
         if program in self.kind.looped:
             return self.loop(e, verb, inputs, dims, fn, shared)
-        held, where, static = [t for _, t, _ in mine], [n for n, _, _ in mine], {}
+        held, where = [t for _, t, _ in mine], [n for n, _, _ in mine]
 
         def one(values, shared, *row):
             return _within(e, program, dict(zip(where, values, strict=True)), shared, lambda b: fn(b, *row), self.kind)

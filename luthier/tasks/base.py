@@ -169,6 +169,8 @@ class Task:
                 for i in range(0, len(index), batch_size):
                     part = index[i:i + batch_size]
                     batch = self.collate([examples[k] for k in part])
+                    if hasattr(model, "serve_rows"):       # a rack: each row has its own adapter
+                        model.serve_rows(part)
                     yield part, batch, self.logits(model, batch)
         finally:
             model.train(was)

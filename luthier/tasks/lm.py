@@ -79,6 +79,8 @@ class Language(Text):
         was = model.training
         model.eval()
         for i in range(len(table)):
+            if hasattr(model, "serve_rows"):
+                model.serve_rows([i])
             ids = torch.tensor([self.start(table, i)], device=next(model.parameters()).device)
             with torch.no_grad():
                 out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
