@@ -61,6 +61,7 @@ class RowEntry(Entry):
     def bound(self, tensors, hyper):
         """This entry with other state and hyperparameters; what it binds may be mapped over rows."""
         new = copy.copy(self)
+        new.shared = {}
         new.state = Held({**self.plain, **tensors}, self.key, self.site_name)
         if hyper:
             new.method = copy.copy(self.method)
@@ -161,7 +162,7 @@ class Learning(Runs):
 
     def fast(self, e, x, y, have):
         shared = {k: v for k, v in have.items() if v is not None}
-        return self._program(e, "fast", shared, lambda b: call(b.method, "fast", x=x, y=y, p=b.state, **have))
+        return self._program(e, "fast", shared, lambda b: call(b.method, "fast", x=x, y=y, p=b.state, **have | b.shared))
 
     def slow(self, patch, args, kwargs):
         self.alone(patch, args, kwargs)
