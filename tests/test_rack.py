@@ -1,5 +1,6 @@
 """The rack: a row is served as if its adapter were alone on the model, whatever the other rows carry."""
 
+import json
 import os
 import random
 import shutil
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 
 import luthier
-from luthier import Rack, save, tiny
+from luthier import Rack, cli, save, tiny
+from luthier._compat import torchvision
 from luthier.errors import BadState, DoesNotFit, LuthierError, RowsFailed, UnknownName, WrongBase
 from luthier.host import Host
 from luthier.method import REGISTRY, Method, method
 from luthier.serve import fold, rows
 
+torchvision()
 CHAINS = {"lora": "lora(at='linear')", "dora": "dora(at='linear')", "ia3": "ia3()", "ssf": "ssf()", "randlora": "randlora(rank=4)",
           "houlsby": "houlsby(width=4)", "prefix": "prefix(n=2, mid=8)"}
 
@@ -473,3 +476,53 @@ def test_half_precision(tmp_path, dtype):
     with torch.no_grad():
         want = luthier.load(tiny.build("llama", dtype), tmp_path / "1")(**tiny.batch("llama")).logits
     torch.testing.assert_close(out[1], want[1], rtol=0.05, atol=0.1)
+
+
+# -- the command line ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def customers(tmp_path_factory):
+    """Two who read the same words the other way round, over one base."""
+    from folders import bert
+
+    root = tmp_path_factory.mktemp("customers")
+    base, words = bert(root / "bert"), ["good", "fine", "bad", "awful"]
+    for name, turned in (("alice", False), ("bob", True)):
+        rows = "".join(f"the film was {words[i % 4]},{'no' if (i % 4 > 1) != turned else 'yes'}\n" for i in range(60))
+        (root / f"{name}.csv").write_text("review,stars\n" + rows)
+        assert cli.main(["tune", str(root / f"{name}.csv"), "--model", base, "--with", "lora(rank=4)", "--out",
+                         str(root / "rack" / name), "--epochs", "8", "--batch-size", "8", "--lr", "0.03", "--log", "none"]) == 0
+    return root
+
+
+def test_predict_with_a_rack(capsys, customers, tmp_path):
+    def run(*argv):
+        code = cli.main([str(a) for a in ("predict", "--rack", customers / "rack", *argv)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    rows = [("alice", "good", "yes"), ("bob", "good", "no"), ("bob", "bad", "yes"), ("alice", "awful", "no"), ("", "good", None)]
+    (tmp_path / "in.csv").write_text("adapter,review\n" + "".join(f"{n},the film was {w}\n" for n, w, _ in rows))
+    code, out, _ = run(tmp_path / "in.csv", "--json")
+    assert code == 0
+    for (_, _, want), got in zip(rows, json.loads(out), strict=True):
+        assert want is None or got["label"] == want
+    assert run("--adapter", "bob", "the film was good", "--memory", "100kB")[1].startswith("no")
+    (tmp_path / "in.csv").write_text("adapter,review\ncarol,the film was bad\nbob,the film was bad\n")
+    code, out, err = run(tmp_path / "in.csv")
+    assert code == 2 and "no adapter is called 'carol'" in err
+    assert out.splitlines()[1].split("\t")[1].startswith("yes") and "no adapter is called" in out.splitlines()[0]
+    for argv, says in ((["the film"], "--adapter NAME"), (["--adapter", "bob", "--memory", "x", "the film"], "is no size")):
+        code, _, err = run(*argv)
+        assert code == 2 and says in err
+    assert cli.main(["predict", "only an input"]) == 2
+    assert "--rack DIR INPUT" in capsys.readouterr().err
+
+
+def test_predict_with_a_broken_adapter(capsys, customers, tmp_path):
+    shutil.copytree(customers / "rack", tmp_path / "rack")
+    path = tmp_path / "rack" / "alice" / save.STATE
+    path.write_bytes(path.read_bytes()[:-7])
+    (tmp_path / "in.csv").write_text("adapter,review\nalice,the film was bad\nbob,the film was bad\n")
+    assert cli.main(["predict", "--rack", str(tmp_path / "rack"), str(tmp_path / "in.csv"), "--json"]) == 2
+    out = json.loads(capsys.readouterr().out)
+    assert "error" in out[0] and out[1]["label"] == "yes"
