@@ -149,7 +149,7 @@ class Patch:
         self.host, self.module, self.entries = host, module, []
         self.inner = module.__dict__.get("forward")         # somebody else's instance forward is kept and called
         module.forward = self
-        self.slow, self.quick, self.attends, self.thin = [], [], [], []
+        self.slow, self.quick, self.attends, self.thin, self.picky = [], [], [], [], []
         self.mates, self.ready, self.lone = [], _Ready(), False
 
     def remove(self):
@@ -174,6 +174,7 @@ class Patch:
         self.thin = self.quick if own and all(e.thin for e in self.quick) else []
         self.mates, self.ready = [], _Ready()
         self.lone = len(self.thin) == 1 and self.thin[0].plain
+        self.picky = [e for e in self.quick if hasattr(e.method, "worth")]
 
     def __call__(self, *args, **kwargs):
         if not self.attends:
@@ -194,6 +195,9 @@ class Patch:
     def _weights(self, *args, **kwargs):
         if self.host.rows is not None:
             return self.host.rows.weights(self, args, kwargs)
+        if self.picky and not self.worth(args, kwargs):
+            with self.whole():
+                return self._slow(args, kwargs)
         if self.thin and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             return self._thin(args[0])
         y = self._slow(args, kwargs) if self.slow else self._base(*args, **kwargs)
@@ -256,6 +260,21 @@ class Patch:
             return None, None
         P, b = self.tensors(e.param, self.slow)
         return e.site.read(P), None if b is None else e.site.read_b(b)
+
+    def worth(self, args, kwargs, n=1):
+        """Whether every fast verb that can tell pays for the tokens of this call, n-th parts of which have a state of their own."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        return all(e.method.worth(x.numel() // x.shape[-1] / n, e.site.d_in, e.site.d_out) for e in self.picky)
+
+    @contextmanager
+    def whole(self):
+        """Within, nothing is fast."""
+        before = self.slow, self.quick
+        self.slow, self.quick = self.slow + self.quick, []
+        try:
+            yield
+        finally:
+            self.slow, self.quick = before
 
     def tensors(self, param, entries):
         """The module's parameter `param` and its bias (None stays None unless a method sets one) after these entries."""

@@ -10,6 +10,7 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     low_rank(p[, W])         the same change as thin factors, dict(A=, B=, scale=, dropout=, gain=): W' = gain ⊙ (W + scale·B A),
                              gain: (d_out,), the rest but A and B optional; fast() follows from it
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
+    worth(n, d_in, d_out)    whether fast() is cheaper than weight() for n tokens; without this verb it always is
     stream(t, p)             change of a token stream, Tokens -> Tokens
     attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
     loss(run)                extra training term

@@ -33,10 +33,20 @@ class randlora(Method):
         B = site.shared("B", lambda: self._base(site, D, n * r), group=(D, d))      # [B_1 ... B_n]
         return dict(L=site.zeros(n, r), G=G, A=A, B=B)
 
-    def weight(self, W, p):                # (d_out, d_in); n r d multiply-adds a row: cheaper than x Aᵀ Bᵀ beyond d tokens
+    def weight(self, W, p):                # (d_out, d_in)
         A = (p.L[:, :, None] * p.A * p.G[:, None, :]).flatten(0, 1)                 # [Λ_j A Γ_j]: (n r, d)
         delta = p.B @ A
         return W + self.scale * (delta if delta.shape == W.shape else delta.T)
+
+    def fast(self, x, y, p):               # x: (..., d_in) -> (..., d_out); z: (..., n, r)
+        if y.shape[-1] >= x.shape[-1]:
+            z = (x[..., None, :] * p.G) @ p.A.T * p.L
+            return y + self.scale * z.flatten(-2) @ p.B.T
+        z = (x @ p.B).unflatten(-1, p.L.shape) * p.L
+        return y + self.scale * (z @ p.A * p.G).sum(-2)
+
+    def worth(self, n, d_in, d_out):       # d (d + D) multiply-adds a token, d d D for the weight
+        return n * (d_in + d_out) < d_in * d_out
 
     def _base(self, site, rows, cols):
         base = site.random(rows, cols)
