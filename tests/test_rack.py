@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import luthier
-from luthier import Rack, cli, save, tiny
+from luthier import Rack, check, cli, save, tiny
 from luthier._compat import torchvision
 from luthier.errors import BadState, DoesNotFit, LuthierError, RowsFailed, UnknownName, WrongBase
 from luthier.host import Host
@@ -23,9 +23,18 @@ CHAINS = {"lora": "lora(at='linear')", "dora": "dora(at='linear')", "ia3": "ia3(
           "houlsby": "houlsby(width=4)", "prefix": "prefix(n=2, mid=8)"}
 
 
+def build(which):
+    """In double precision, so that rounding hides nothing."""
+    return tiny.build(which, torch.float64)
+
+
+def batch(which, seed=1):
+    return tiny.batch(which, torch.float64, seed)
+
+
 def made(folder, which, chain, k, seed=0):
     """A state of `chain` with weights drawn from k; returns its folder."""
-    model = tiny.build(which)
+    model = build(which)
     tuned, g = luthier.attach(model, chain, seed=seed), torch.Generator().manual_seed(k)
     for _, p in tuned.trainable():
         p.data += 0.3 * torch.randn(p.shape, generator=g).to(p.dtype)
@@ -48,7 +57,7 @@ def shelf(tmp_path_factory):
 
 def racked(shelf, which, chains, memory="2GB"):
     """A rack with adapters a0, a1, ... of these chains, and their folders by name."""
-    model = tiny.build(which)
+    model = build(which)
     rack, folders = Rack(model, memory), {}
     for k, chain in enumerate(chains):
         folders[f"a{k}"] = shelf(which, chain, k)
@@ -63,7 +72,7 @@ def alone():
 
     def get(which, folder, seed=1):
         if (which, folder, seed) not in known:
-            model = tiny.build(which)
+            model = build(which)
             with torch.no_grad():
                 known[which, folder, seed] = said(luthier.load(model, folder) if folder else model, which, seed)
         return known[which, folder, seed]
@@ -71,7 +80,7 @@ def alone():
 
 
 def said(model, which, seed=1):
-    return tiny.output(model, tiny.batch(which, seed=seed))
+    return tiny.output(model, batch(which, seed))
 
 
 def serve(rack, which, names, seed=1):
@@ -79,7 +88,7 @@ def serve(rack, which, names, seed=1):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 # -- a row is served as if it were alone --------------------------------------------------------------------------
@@ -128,8 +137,8 @@ def test_other_chains_and_sizes_that_cannot_be_padded_run_apart(shelf, alone):
     rack, folders = racked(shelf, "llama", ["prefix(n=2, mid=8)", "prefix(n=3, mid=8)", "lora()", "probe()"])
     assert len(rack.kinds) == 4
     for names in (["a0", "a1", None], ["a3", "a2", "a0"], [None, "nobody", "a1"]):
-        out, errors = rack.run(tiny.batch("llama"), names=names)
-        out = tiny.output(lambda out=out, **b: out, tiny.batch("llama"))
+        out, errors = rack.run(batch("llama"), names=names)
+        out = tiny.output(lambda out=out, **b: out, batch("llama"))
         assert set(errors) == {i for i, n in enumerate(names) if n == "nobody"}
         for i, n in enumerate(names):
             if i not in errors:
@@ -137,7 +146,7 @@ def test_other_chains_and_sizes_that_cannot_be_padded_run_apart(shelf, alone):
 
 
 def test_random_bases_of_other_seeds(shelf, alone):
-    rack = Rack(tiny.build("llama"))
+    rack = Rack(build("llama"))
     folders = [shelf("llama", CHAINS["randlora"], k, seed) for k, seed in ((0, 0), (1, 1), (2, 1))]
     for k, f in enumerate(folders):
         rack.load(f"a{k}", f)
@@ -174,8 +183,8 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(shelf, name):
 
 def test_equal_neighbours_share_a_state(shelf):
     rack, _ = racked(shelf, "llama", ["lora()"] * 2)
-    batch = {k: torch.cat([v, v[:1]]) for k, v in tiny.batch("llama").items()}
-    rack(batch, names=["a0", "a1", "a0", "a1"])
+    four = {k: torch.cat([v, v[:1]]) for k, v in batch("llama").items()}
+    rack(four, names=["a0", "a1", "a0", "a1"])
     assert [k[1] for k in rack.items if k[0] == "rows"] == [("a0", "a1")]
 
 
@@ -183,16 +192,16 @@ def test_equal_neighbours_share_a_state(shelf):
 def test_a_missing_adapter_fails_its_own_row(shelf, alone):
     rack, folders = racked(shelf, "llama", ["lora()"] * 2)
     with pytest.raises(RowsFailed, match="Row 1: no adapter is called 'a7'. Nearest: ") as e:
-        rack(tiny.batch("llama"), names=["a0", "a7", "a1"])
+        rack(batch("llama"), names=["a0", "a7", "a1"])
     assert set(e.value.errors) == {1} and isinstance(e.value.errors[1], UnknownName)
     assert e.value.outputs.logits[1].isnan().all()
-    got = tiny.output(lambda **b: e.value.outputs, tiny.batch("llama"))
+    got = tiny.output(lambda **b: e.value.outputs, batch("llama"))
     close(got[0], alone("llama", folders["a0"])[0])
     close(got[2], alone("llama", folders["a1"])[2])
-    out, errors = rack.run(tiny.batch("llama"), names=["b", "b", "b"])
+    out, errors = rack.run(batch("llama"), names=["b", "b", "b"])
     assert out is None and len(errors) == 3
     with pytest.raises(DoesNotFit, match="2 names for a batch of 3 rows"):
-        rack(tiny.batch("llama"), names=["a0", None])
+        rack(batch("llama"), names=["a0", None])
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "other"])
@@ -206,10 +215,10 @@ def test_a_file_that_breaks_later_fails_its_own_rows(shelf, alone, tmp_path, har
     if harm != "gone":
         path.write_bytes(data[:200] if harm == "cut" else data[:-4] + b"abcd")
     for names in (["a0", "bad", "a1"], ["bad", "a0", "bad"], ["a1", "a0", "a0"]):
-        out, errors = rack.run(tiny.batch("llama"), names=names)
+        out, errors = rack.run(batch("llama"), names=names)
         assert set(errors) == {i for i, n in enumerate(names) if n == "bad"}
         assert all(isinstance(e, BadState) and "bad" in str(e) for e in errors.values())
-        got = tiny.output(lambda out=out, **b: out, tiny.batch("llama"))
+        got = tiny.output(lambda out=out, **b: out, batch("llama"))
         for i, n in enumerate(names):
             if n != "bad":
                 close(got[i], alone("llama", folders[n])[i])
@@ -223,20 +232,20 @@ def test_what_does_not_fit_is_refused_at_the_door(shelf, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(shelf("llama", "lora()", 0), bad)
     (bad / save.STATE).write_bytes((bad / save.STATE).read_bytes()[:-9])
-    on = luthier.attach(tiny.build("llama"), "ssf()")
+    on = luthier.attach(build("llama"), "ssf()")
     luthier.attach(on, "lora()").save(tmp_path / "on")
-    for folder, kind, why in ((bad, BadState, ""), (tmp_path / "none", BadState, "not there"),
+    for folder, kind, why in ((bad, BadState, "safetensors"), (tmp_path / "none", BadState, "not there"),
                               (shelf("gpt2", "lora()", 0), WrongBase, "GPT2"), (tmp_path / "on", WrongBase, "on top of ssf")):
         with pytest.raises(kind, match=why):
             rack.load("x", folder)
     with pytest.raises(BadState, match="called 'a0' already"):
         rack.load("a0", shelf("llama", "lora()", 1))
     with pytest.raises(DoesNotFit, match="needs .* kB in memory.*Rack\\(model, memory="):
-        Rack(tiny.build("llama"), "3kB").load("a", shelf("llama", "lora()", 0))
+        Rack(build("llama"), "3kB").load("a", shelf("llama", "lora()", 0))
     with pytest.raises(DoesNotFit, match="is no size"):
-        Rack(tiny.build("llama"), "plenty")
+        Rack(build("llama"), "plenty")
     assert (rack.names, rack.used, len(rack.kinds)) == before
-    model = tiny.build("llama")
+    model = build("llama")
     with pytest.raises(WrongBase):
         Rack(model).load("x", shelf("gpt2", "lora()", 0))
     assert Host.of(model) is None and all(p.requires_grad for p in model.parameters())
@@ -248,7 +257,7 @@ def test_a_folder_of_adapters(shelf, tmp_path):
     for k, name in enumerate(("alice", "bob")):
         shutil.copytree(shelf("llama", "lora()", k), tmp_path / name)
     (tmp_path / "empty").mkdir()
-    rack = Rack(tiny.build("llama"))
+    rack = Rack(build("llama"))
     errors = rack.load_all(tmp_path)
     assert rack.names == ["alice", "bob"] and list(errors) == ["empty"] and "alice" in rack and len(rack) == 2
     rack.unload("alice")
@@ -258,7 +267,7 @@ def test_a_folder_of_adapters(shelf, tmp_path):
     assert Host.of(rack.model) is None and not rack.items and rack.used == 0
     shutil.rmtree(tmp_path / "alice"), shutil.rmtree(tmp_path / "bob")
     with pytest.raises(LuthierError, match="no recipe.json"):
-        Rack(tiny.build("llama")).load_all(tmp_path)
+        Rack(build("llama")).load_all(tmp_path)
 
 
 # -- generation ---------------------------------------------------------------------------------------------------------
@@ -270,13 +279,13 @@ GREEDY, BEAMS = dict(do_sample=False), dict(do_sample=False, num_beams=2)
       for how in (GREEDY, BEAMS, BEAMS | dict(num_return_sequences=2))], ("ladder(reduce=4)", GREEDY)])
 def test_generation(shelf, chain, how):
     rack, folders = racked(shelf, "llama", [chain] * 3)
-    ids = tiny.batch("llama")["input_ids"][:, :8]
+    ids = batch("llama")["input_ids"][:, :8]
     given = dict(attention_mask=torch.ones_like(ids), max_new_tokens=5, pad_token_id=1, **how)
     names = ["a1", None, "a0"]
     got = rack.generate(input_ids=ids, names=names, **given)
     k = how.get("num_return_sequences", 1)
     for i, n in enumerate(names):
-        model = tiny.build("llama")
+        model = build("llama")
         model = luthier.load(model, folders[n]) if n else model
         want = model.generate(input_ids=ids[i:i + 1], **(given | dict(attention_mask=given["attention_mask"][:1])))
         assert torch.equal(got[i * k:i * k + k, :want.shape[1]], want)
@@ -287,17 +296,17 @@ def test_generation(shelf, chain, how):
 
 def test_generation_of_an_encoder_decoder(shelf):
     rack, folders = racked(shelf, "t5", ["lora()"] * 2)
-    ids = tiny.batch("t5")["input_ids"]
+    ids = batch("t5")["input_ids"]
     given = dict(max_new_tokens=4, do_sample=False)
     got = rack.generate(input_ids=ids, attention_mask=torch.ones_like(ids), names=["a0", "a1", None], **given)
-    want = luthier.load(tiny.build("t5"), folders["a1"]).generate(input_ids=ids[1:2], **given)
+    want = luthier.load(build("t5"), folders["a1"]).generate(input_ids=ids[1:2], **given)
     assert torch.equal(got[1:2, :want.shape[1]], want)
 
 
 # -- how ----------------------------------------------------------------------------------------------------------------
 def test_what_depends_on_the_state_alone_is_computed_once(shelf):
-    """DoRA's norm and a prefix's MLP are kept, LoRA's factors need nothing; a composition holds no more than twice the states."""
-    for name, kept in (("lora", False), ("dora", True), ("prefix", True)):
+    """DoRA's norm and a prefix's MLP are kept, an adapter's matrices need nothing; a composition holds no more than the states twice."""
+    for name, kept in (("houlsby", False), ("dora", True), ("prefix", True)):
         rack, _ = racked(shelf, "llama", [CHAINS[name]] * 3)
         serve(rack, "llama", ["a0", "a1", "a2"])
         programs = rack.kinds[0].programs.values()
@@ -328,6 +337,22 @@ def test_large_weights_are_made_state_by_state(shelf, alone, monkeypatch, chain)
         out = serve(rack, "llama", names)
         for i, n in enumerate(names):
             close(out[i], alone("llama", folders.get(n))[i])
+
+
+@pytest.mark.parametrize("d_in, d_out", [(24, 32), (32, 24), (28, 28)])
+def test_randlora_beside_the_layer(d_in, d_out):
+    """Its fast form is the weight's product, and is taken for few tokens only: per state, when states differ by row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(d_in, d_out)).double()
+    tuned = check.jiggle(luthier.attach(model, "randlora(at='all', rank=5)"))
+    patch, x = next(iter(Host.of(model).patches.values())), torch.randn(3, d_in, dtype=torch.float64)
+    W, p = patch.tensors("weight", patch.entries)[0], patch.entries[0].p
+    want = nn.functional.linear(x, W, model[0].bias)
+    m = patch.entries[0].method
+    torch.testing.assert_close(m.fast(x, nn.functional.linear(x, model[0].weight, model[0].bias), p), want)
+    torch.testing.assert_close(tuned(x), want)
+    few, many = (torch.zeros(n, d_in) for n in (3, 60))
+    assert patch.quick and patch.worth((few,), {}) and not patch.worth((many,), {}) and patch.worth((many,), {}, 20)
 
 
 class Twice(torch.autograd.Function):
@@ -364,7 +389,7 @@ def odd():
 @pytest.mark.parametrize("name", ["looks", "applies"])
 def test_verbs_that_cannot_be_mapped_run_state_by_state(odd, tmp_path, name):
     folders = [made(tmp_path / str(k), "gpt2", f"{name}()", k) for k in range(3)]
-    rack = Rack(tiny.build("gpt2"))
+    rack = Rack(build("gpt2"))
     for k, f in enumerate(folders):
         rack.load(f"a{k}", f)
     names = ["a0", "a2", "a1"]
@@ -372,7 +397,7 @@ def test_verbs_that_cannot_be_mapped_run_state_by_state(odd, tmp_path, name):
         out = serve(rack, "gpt2", names)
         for i, n in enumerate(names):
             with torch.no_grad():
-                close(out[i], said(luthier.load(tiny.build("gpt2"), folders[int(n[1])]), "gpt2")[i])
+                close(out[i], said(luthier.load(build("gpt2"), folders[int(n[1])]), "gpt2")[i])
     assert rack.cost()["kinds"][0]["looped"]
 
 
@@ -389,7 +414,7 @@ class Sideways(nn.Module):
 
 def test_a_model_whose_rows_do_not_come_first_is_served_adapter_by_adapter(tmp_path):
     torch.manual_seed(0)
-    model = Sideways()
+    model = Sideways().double()
     for k in range(2):
         tuned = luthier.attach(model, "lora(at='all', rank=2)")
         for _, p in tuned.trainable():
@@ -399,7 +424,7 @@ def test_a_model_whose_rows_do_not_come_first_is_served_adapter_by_adapter(tmp_p
     rack = Rack(model)
     for k in range(2):
         rack.load(f"a{k}", tmp_path / str(k))
-    x = torch.randn(2, 4, 4)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
     out = rack({"x": x}, names=["a0", "a1"])
     for k in range(2):
         want = luthier.load(copy_of(model), tmp_path / str(k))(x)[k]
@@ -409,7 +434,7 @@ def test_a_model_whose_rows_do_not_come_first_is_served_adapter_by_adapter(tmp_p
 
 
 def copy_of(model):
-    new = Sideways()
+    new = Sideways().double()
     new.load_state_dict(model.state_dict())
     return new
 
@@ -435,7 +460,7 @@ def test_loading_is_flat(shelf, monkeypatch):
 def test_a_rack_over_something_attached(shelf, tmp_path):
     """Adapters trained on top of another attachment are served on top of it."""
     def base():
-        model = tiny.build("llama")
+        model = build("llama")
         return model, made_on(model)
 
     def made_on(model):
@@ -471,10 +496,10 @@ def test_half_precision(tmp_path, dtype):
     for k in range(2):
         rack.load(f"a{k}", tmp_path / str(k))
     assert len(rack.kinds) == 1
-    out = rack(tiny.batch("llama"), names=["a0", "a1", "a0"]).logits
+    out = rack(batch("llama"), names=["a0", "a1", "a0"]).logits
     assert out.dtype == dtype
     with torch.no_grad():
-        want = luthier.load(tiny.build("llama", dtype), tmp_path / "1")(**tiny.batch("llama")).logits
+        want = luthier.load(tiny.build("llama", dtype), tmp_path / "1")(**batch("llama")).logits
     torch.testing.assert_close(out[1], want[1], rtol=0.05, atol=0.1)
 
 

@@ -284,6 +284,13 @@ def traced(fn, args):
             if a is not None and a == b:
                 node.replace_all_uses_with(node.args[0])
                 graph.graph.erase_node(node)
+        elif node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+            y, h = node.args                                # y + P Q in one operation
+            if getattr(h, "target", None) is torch.ops.aten.bmm.default and len(h.users) == 1 and _shape(y) == _shape(h):
+                with graph.graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.graph.call_function(torch.ops.aten.baddbmm.default, (y, *h.args)))
+                graph.graph.erase_node(node)
+                graph.graph.erase_node(h)
     graph.graph.lint()
     graph.recompile()
     return lambda *given: graph.forward(*tree_flatten(given)[0])

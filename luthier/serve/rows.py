@@ -86,6 +86,9 @@ class Runs:
     def weights(self, patch, args, kwargs):
         x = args[0] if args else next(iter(kwargs.values()))
         self._meet(patch, x)
+        if patch.picky and patch.quick and not patch.worth(args, kwargs, self.n):
+            with patch.whole():
+                return self.weights(patch, args, kwargs)
         if any(isinstance(e, RowEntry) for e in patch.slow):
             y = self.slow(patch, args, kwargs)
         else:
