@@ -270,6 +270,15 @@ def test_a_folder_of_adapters(shelf, tmp_path):
         Rack(build("llama")).load_all(tmp_path)
 
 
+def test_one_adapter_for_a_while(shelf, alone):
+    rack, folders = racked(shelf, "llama", ["lora()"] * 2)
+    with torch.no_grad(), rack.serving("a1") as model:
+        assert model is rack.model
+        close(said(model, "llama"), alone("llama", folders["a1"]))
+    with torch.no_grad():
+        assert torch.equal(said(rack.model, "llama"), alone("llama", None))
+
+
 # -- generation ---------------------------------------------------------------------------------------------------------
 GREEDY, BEAMS = dict(do_sample=False), dict(do_sample=False, num_beams=2)
 

@@ -259,6 +259,13 @@ class Rack:
             raise RowsFailed(out, errors)
         return out
 
+    @contextmanager
+    def serving(self, name):
+        """Within, the model itself runs with this one adapter."""
+        adapter = self._named(name)
+        with self._serving(adapter.kind, self.resident(name)) as model:
+            yield model
+
     def view(self, names):
         """A model for row i of a data set, which takes adapter names[i]; `serve_rows(rows)` says which rows come next."""
         return View(self, list(names))

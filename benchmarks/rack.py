@@ -1,0 +1,211 @@
+"""The rack against peft's mixed batches and load_adapter, in one process, turn by turn.
+
+Every function returns a dict of plain numbers: seconds as medians with their spread, and the ratios that are judged.
+
+    python benchmarks/rack.py [--small] [--out FILE.json]
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import luthier
+from luthier._compat import torchvision
+
+torchvision()
+
+CHAINS = {"lora": "lora(rank=8, at='linear')", "dora": "dora(rank=8, at='linear')", "ia3": "ia3()", "ssf": "ssf(at='linear norm')",
+          "randlora": "randlora(at='linear')", "houlsby": "houlsby()", "prefix": "prefix()"}
+FULL = dict(width=512, layers=6, heads=8, vocab=4096)
+SMALL = dict(width=64, layers=2, heads=4, vocab=128)
+
+
+def llama(width, layers, heads, vocab):
+    """A Llama shape with random weights; the same weights each time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=width * 8 // 3 // 16 * 16,
+                                        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                                        pad_token_id=0, bos_token_id=1, eos_token_id=None)).eval()
+
+
+def ids(rows, tokens, vocab):
+    return torch.randint(2, vocab, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def shaken(named, k):
+    """Trained tensors away from their start, so that no adapter is the identity."""
+    g = torch.Generator().manual_seed(k)
+    for _, p in named:
+        p.data += 0.02 * torch.randn(p.shape, generator=g).to(p)
+
+
+def folders(chain, n, root, shape):
+    """n tuned states of a chain, as save() writes them."""
+    model, made = llama(**shape), []
+    tuned = luthier.attach(model, chain)
+    for k in range(n):
+        shaken(tuned.trainable(), k)
+        made.append(tuned.save(Path(root) / f"state{k}"))
+    return made
+
+
+def clock(contenders, rounds):
+    """{name: function} -> {name: {"median", "low", "high"}} in seconds; each round runs all of them, in a new order."""
+    times = {name: [] for name in contenders}
+    for fn in contenders.values():
+        fn()
+    orders = itertools.cycle(itertools.permutations(contenders))
+    for _ in range(rounds):
+        for name in next(orders):
+            start = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: summary(t) for name, t in times.items()}
+
+
+def summary(t):
+    t = sorted(t)
+    return dict(median=statistics.median(t), low=t[len(t) // 4], high=t[-1 - len(t) // 4], n=len(t))
+
+
+def mixed(method, rows=16, tokens=128, rounds=7, shape=FULL):
+    """One forward of `rows` rows of different adapters over one of a single adapter: by the rack, and by that adapter alone."""
+    with tempfile.TemporaryDirectory() as root:
+        model, made = llama(**shape), folders(CHAINS[method], rows, root, shape)
+        rack = luthier.Rack(model, "16GB")
+        for k, f in enumerate(made):
+            rack.load(f"a{k}", f)
+        batch, every, one = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k}" for k in range(rows)], ["a0"] * rows
+        alone = luthier.load(llama(**shape), made[0])
+        with torch.no_grad():
+            got = clock({"mixed": lambda: rack(batch, names=every), "one": lambda: rack(batch, names=one),
+                         "attached": lambda: alone(**batch), "base": lambda: rack(batch, names=[None] * rows)}, rounds)
+        return dict(method=method, rows=rows, tokens=tokens, **got, ratio=got["mixed"]["median"] / got["one"]["median"],
+                    ratio_to_attached=got["mixed"]["median"] / got["attached"]["median"], served=rack.cost()["kinds"][0])
+
+
+def decode(method, rows=16, new=32, rounds=5, shape=FULL):
+    """The same in generation with a KV cache, 8 tokens of prompt and `new` more."""
+    with tempfile.TemporaryDirectory() as root:
+        model, made = llama(**shape), folders(CHAINS[method], rows, root, shape)
+        rack = luthier.Rack(model, "16GB")
+        for k, f in enumerate(made):
+            rack.load(f"a{k}", f)
+        given = dict(input_ids=ids(rows, 8, shape["vocab"]), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        alone = luthier.load(llama(**shape), made[0])
+        got = clock({"mixed": lambda: rack.generate(names=[f"a{k}" for k in range(rows)], **given),
+                     "one": lambda: rack.generate(names=["a0"] * rows, **given), "attached": lambda: alone.generate(**given)}, rounds)
+        return dict(method=method, rows=rows, new=new, **got, ratio=got["mixed"]["median"] / got["one"]["median"],
+                    ratio_to_attached=got["mixed"]["median"] / got["attached"]["median"])
+
+
+def loads(n=40, method="lora", shape=FULL):
+    """Milliseconds of each of n loads into one rack, and of evicting nothing: states stay on disk until they are used."""
+    with tempfile.TemporaryDirectory() as root:
+        first, = folders(CHAINS[method], 1, root, shape)
+        made = [first]
+        for k in range(1, min(n, 40)):
+            made.append(shutil.copytree(first, Path(root) / f"copy{k}"))
+        rack, each = luthier.Rack(llama(**shape), "16GB"), []
+        for k in range(n):
+            start = time.perf_counter()
+            rack.load(f"a{k}", made[k % len(made)])
+            each.append(1e3 * (time.perf_counter() - start))
+        return dict(n=n, method=method, each_ms=each, first_ms=each[0], last_ms=each[-1], total_s=sum(each) / 1e3,
+                    flat=statistics.median(each[-10:]) / statistics.median(each[1:11]))
+
+
+def switching(n=20, method="lora", rounds=50, shape=FULL):
+    """Milliseconds to hand the base from one adapter in memory to another."""
+    with tempfile.TemporaryDirectory() as root:
+        rack = luthier.Rack(llama(**shape), "16GB")
+        for k, f in enumerate(folders(CHAINS[method], n, root, shape)):
+            rack.load(f"a{k}", f)
+        for name in rack.names:                            # all in memory
+            with rack.serving(name):
+                pass
+        times = []
+        for k in range(rounds):
+            start = time.perf_counter()
+            with rack.serving(f"a{k % n}"):
+                times.append(1e3 * (time.perf_counter() - start))
+        return dict(n=n, method=method, ms=summary(times))
+
+
+def peft_folders(n, root, shape, dora=False):
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=dora)
+    model, made = peft.get_peft_model(llama(**shape), config), []
+    for k in range(n):
+        shaken([(m, p) for m, p in model.named_parameters() if p.requires_grad], k)
+        model.save_pretrained(Path(root) / f"peft{k}")
+        made.append(Path(root) / f"peft{k}")
+    return made
+
+
+def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
+    """peft's own mixed batch (adapter_names=) and load_adapter beside the rack's, on the same shape and rank."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as root:
+        theirs, each, ours_each = peft_folders(n, root, shape), [], []
+        model = peft.PeftModel.from_pretrained(llama(**shape), theirs[0], adapter_name="a0").eval()
+        ours = folders(CHAINS["lora"], n, root, shape)
+        rack = luthier.Rack(llama(**shape), "16GB")
+        rack.load("a0", ours[0])
+        for k in range(1, n):                              # turn by turn
+            start = time.perf_counter()
+            model.load_adapter(theirs[k], adapter_name=f"a{k}")
+            each.append(1e3 * (time.perf_counter() - start))
+            start = time.perf_counter()
+            rack.load(f"a{k}", ours[k])
+            ours_each.append(1e3 * (time.perf_counter() - start))
+        model.eval()
+        batch, names = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k % n}" for k in range(rows)]
+        with torch.no_grad():
+            got = clock({"peft_mixed": lambda: model(**batch, adapter_names=names),
+                         "peft_one": lambda: model(**batch, adapter_names=["a0"] * rows), "peft_plain": lambda: model(**batch),
+                         "rack_mixed": lambda: rack(batch, names=names), "rack_one": lambda: rack(batch, names=["a0"] * rows)}, rounds)
+
+        def switch(k):
+            model.set_adapter(f"a{k % n}")
+
+        start = time.perf_counter()
+        for k in range(10):
+            switch(k)
+        return dict(rows=rows, tokens=tokens, peft=peft.__version__, **got,
+                    peft_ratio=got["peft_mixed"]["median"] / got["peft_plain"]["median"],
+                    rack_ratio=got["rack_mixed"]["median"] / got["rack_one"]["median"],
+                    loads=dict(n=n, peft_ms=each, rack_ms=ours_each, peft_last_ms=each[-1], rack_last_ms=ours_each[-1],
+                               peft_total_s=sum(each) / 1e3, rack_total_s=sum(ours_each) / 1e3),
+                    peft_switch_ms=100 * (time.perf_counter() - start))
+
+
+def run(small=False):
+    """Everything, as one dict."""
+    shape = SMALL if small else FULL
+    rows, tokens, new, rounds, n, many = (4, 8, 4, 1, 4, 12) if small else (16, 128, 32, 7, 40, 1000)
+    return dict(threads=torch.get_num_threads(), torch=torch.__version__, shape=shape,
+                mixed={m: mixed(m, rows, tokens, rounds, shape) for m in CHAINS},
+                decode={m: decode(m, rows, new, rounds, shape) for m in CHAINS},
+                loads=loads(n, shape=shape), many=loads(many, shape=shape), switching=switching(min(n, 20), shape=shape),
+                peers=peers(rows, tokens, n, rounds, shape))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--out", metavar="FILE")
+    a = parser.parse_args()
+    found = json.dumps(run(a.small), indent=1)
+    Path(a.out).write_text(found + "\n") if a.out else print(found)
