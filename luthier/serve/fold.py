@@ -255,22 +255,26 @@ class Frozen:
         self.seen, self.made = OrderedDict(), OrderedDict()
 
     def __call__(self, key, make, args):
+        """The trace of make() at these arguments, flat, once it has been asked for often; None before, and where there is none."""
         if key in self.made:
             self.made.move_to_end(key)
             return self.made[key]
-        run = make()
         self.seen[key] = self.seen.pop(key, 0) + 1
         while len(self.seen) > 8 * KEPT:
             self.seen.popitem(last=False)
-        if self.seen[key] >= OFTEN:
-            self.made[key] = run = traced(run, args)
-            while len(self.made) > KEPT:
-                self.made.popitem(last=False)
-        return run
+        if self.seen[key] < OFTEN:
+            return None
+        try:
+            self.made[key] = traced(make(), args)
+        except Exception:                                   # it runs untraced, and whoever runs it hears of any fault of its own
+            self.made[key] = None
+        while len(self.made) > KEPT:
+            self.made.popitem(last=False)
+        return self.made[key]
 
 
 def traced(fn, args):
-    """fn as one list of tensor operations, without those that change nothing at these shapes."""
+    """fn as one list of tensor operations over its arguments laid flat, without those that change nothing at these shapes."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -293,7 +297,7 @@ def traced(fn, args):
                 graph.graph.erase_node(h)
     graph.graph.lint()
     graph.recompile()
-    return lambda *given: graph.forward(*tree_flatten(given)[0])
+    return graph.forward
 
 
 def _shape(node):

@@ -108,10 +108,13 @@ class Runs:
             raise NotByRow(f"{type(getattr(place, 'module', place)).__name__} is not called with a tensor of rows.")
         self.met.setdefault(place, x.shape[0])
 
-    def split(self, x, where):
-        """(rows * k, ...) -> (rows, k, ...)"""
+    def whole(self, x, where):
         if x.shape[0] % self.n:
             raise NotByRow(f"{where} meets {x.shape[0]} rows of something, which is not a whole number for each of {self.n}.")
+
+    def split(self, x, where):
+        """(rows * k, ...) -> (rows, k, ...)"""
+        self.whole(x, where)
         return x.unflatten(0, (self.n, x.shape[0] // self.n))
 
     def alone(self, patch, args, kwargs):
@@ -201,6 +204,7 @@ class Mixed(Runs):
         self.names, self.states = names, states            # states: (entry, verb) -> [(leaf or number, tensor, in_dim)]
         self.first = {name: names.index(name) for name in dict.fromkeys(names)}
         base = [n is None for n in names]
+        self.direct = {}                                   # (entry, shapes of its inputs) -> (its trace, its states)
         self.base = torch.tensor(base, device=device) if any(base) else None
 
     def program(self, e, verb):
@@ -209,8 +213,14 @@ class Mixed(Runs):
         return self.kind.programs[e, verb]
 
     # -- mapping one verb -----------------------------------------------------------------------------------------
-    def map(self, e, verb, inputs, dims, fn, shared=(), pure=False):
+    def map(self, e, verb, inputs, dims, fn, shared=None, pure=False):
         """vmap of fn(entry, *inputs) over rows, with the entry bound to each row's state; fn returns a tuple of tensors."""
+        shared = shared or {}
+        if pure:
+            met = (e, *((t.shape, t.stride(), t.dtype) for t in inputs))
+            if met in self.direct:
+                run, held = self.direct[met]
+                return run(*held, *shared.values(), *inputs)
         program, mine = self.program(e, verb), self.states[e, verb]
         if program in self.kind.looped:
             return self.loop(e, verb, inputs, dims, fn, shared)
@@ -220,13 +230,15 @@ class Mixed(Runs):
             return _within(e, program, dict(zip(where, values, strict=True)), shared, lambda b: fn(b, *row), self.kind)
 
         spec = ([d for _, _, d in mine], dict.fromkeys(shared), *dims)
-        key = None
-        if pure:
-            shape = tuple((t.shape, t.dtype, t.stride()) for t in (*inputs, *held, *dict(shared).values()))
-            key = (repr(e.method), program.hash, tuple(where), tuple(spec[0]), tuple(shared), shape, e.site.role)
         try:
-            run = self.kind.frozen(key, lambda: vmap(one, spec), (held, dict(shared), *inputs)) if pure else vmap(one, spec)
-            return run(held, dict(shared), *inputs)
+            if pure:
+                shape = tuple((t.shape, t.dtype, t.stride()) for t in (*inputs, *held, *shared.values()))
+                key = (repr(e.method), str(e.plain), program.hash, tuple(where), tuple(spec[0]), tuple(shared), shape)
+                run = self.kind.frozen(key, lambda: vmap(one, spec), (held, shared, *inputs))
+                if run is not None:
+                    self.direct[met] = run, held
+                    return run(*held, *shared.values(), *inputs)
+            return vmap(one, spec)(held, shared, *inputs)
         except Refold:
             self.kind.plainly(e, verb)
             raise
@@ -237,7 +249,7 @@ class Mixed(Runs):
             self.kind.looped[program] = f"{type(e.method).__name__}.{verb}: {' '.join(str(error).split())[:120]}"
             return out
 
-    def loop(self, e, verb, inputs, dims, fn, shared=()):
+    def loop(self, e, verb, inputs, dims, fn, shared):
         """The same, one distinct state after the other."""
         program, mine = self.kind.programs[e, verb], self.states[e, verb]
         whole, done = None, []
@@ -248,7 +260,7 @@ class Mixed(Runs):
             outs = []
             for k in rows:                                  # fn sees one row, as under vmap
                 row = [x if d is None else x.select(0, k) for x, d in zip(inputs, dims, strict=True)]
-                outs.append(_within(e, program, values, dict(shared), lambda b, row=row: fn(b, *row), self.kind))
+                outs.append(_within(e, program, values, shared, lambda b, row=row: fn(b, *row), self.kind))
             done.append((index, [torch.stack(column) for column in zip(*outs, strict=True)]))
         for index, outs in done:
             whole = [o.new_empty(self.n, *o.shape[1:]) for o in outs] if whole is None else whole
@@ -260,7 +272,7 @@ class Mixed(Runs):
     def fast(self, e, x, y, have):
         if x.shape[0] == 1 and self.n > 1:
             x, y = x.expand(self.n, *x.shape[1:]), y.expand(self.n, *y.shape[1:])
-        self.split(x, e.site.name)
+        self.whole(x, e.site.name)
         xr, yr = x.reshape(self.n, -1, x.shape[-1]), y.reshape(self.n, -1, y.shape[-1])    # (rows, N, d)
         none = {k: None for k, v in have.items() if v is None}
         shared = {k: v for k, v in have.items() if v is not None}
