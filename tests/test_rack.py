@@ -314,7 +314,7 @@ def test_generation_of_an_encoder_decoder(shelf):
 
 # -- how ----------------------------------------------------------------------------------------------------------------
 def test_what_depends_on_the_state_alone_is_computed_once(shelf):
-    """DoRA's norm and a prefix's MLP are kept, an adapter's matrices need nothing; a composition holds no more than the states twice."""
+    """DoRA's norm and a prefix's MLP are kept, an adapter's matrices need nothing; rows hold no more than the states twice."""
     for name, kept in (("houlsby", False), ("dora", True), ("prefix", True)):
         rack, _ = racked(shelf, "llama", [CHAINS[name]] * 3)
         serve(rack, "llama", ["a0", "a1", "a2"])
@@ -491,7 +491,10 @@ def test_a_rack_over_something_attached(shelf, tmp_path):
     out = serve(rack, "llama", ["a1", "a0", None])
     with torch.no_grad():
         close(out[2], said(under, "llama")[2])
-        close(out[0], said(luthier.load(model, tmp_path / "1"), "llama")[0])
+        close(out[0], said(luthier.load(base()[0], tmp_path / "1"), "llama")[0])
+    under.active = False
+    with pytest.raises(WrongBase, match="stand on lora"):
+        serve(rack, "llama", ["a1", "a0", None])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

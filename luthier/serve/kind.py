@@ -2,6 +2,7 @@
 
 import math
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -46,11 +47,11 @@ class Adapter:
             with safe_open(self.path, "pt") as f:
                 return {k: f.get_tensor(k).clone().to(device) for k in f.keys()}
         except SafetensorError as e:
-            raise BadState(f"{self.path}, loaded as {self.name!r}, is corrupt now ({str(e)[:100]}). Unload it, and load a whole one."
-                           ) from None
+            raise BadState(f"{self.path}, loaded as {self.name!r}, is corrupt now ({str(e)[:100]}). Unload it, and load a whole "
+                           "one.") from None
         except OSError as e:
-            raise BadState(f"{self.path}, loaded as {self.name!r}, cannot be read any more ({e.strerror or e}). Unload it, or put it "
-                           "back.") from None
+            raise BadState(f"{self.path}, loaded as {self.name!r}, cannot be read any more ({e.strerror or e}). Unload it, or put "
+                           "it back.") from None
 
 
 class Resident:
@@ -59,6 +60,10 @@ class Resident:
     def __init__(self, adapter, tensors, fixed):
         self.adapter, self.tensors, self.fixed = adapter, tensors, fixed
         self.states, self.padded, self.folded, self.bytes = {}, {}, {}, adapter.bytes
+
+
+class Fixings(dict):
+    """(step, site) -> fixed tensors by name."""
 
 
 class Kind:
@@ -74,7 +79,9 @@ class Kind:
             place.entries = [e if e.owner is not self.owner else RowEntry(e, host, place) for e in place.entries]
             self.entries += [e for e in place.entries if e.owner is self.owner]
         fixed = {(e.step, e.site_name): {n: getattr(e.state, n) for n in e.state.fixed_names} for e in self.entries}
-        self.fixed = {recipe["seed"]: fixed}
+        self.fixed, self.others = Fixings(fixed), weakref.WeakValueDictionary()
+        self.fixed_bytes = sum({id(t): t.nbytes for d in fixed.values() for t in d.values()}.values())
+        self.under = [o for o in host.owners if o.active and o is not self.owner]
         self.drawn = any(k[0] == "calls" for pool in self.pools.values() for k in pool)
         self.fixed_leaves = {(e, n) for e in self.entries for n in fixed[e.step, e.site_name]}
         self.keys = {}                                     # (step, site) -> {leaf: (key in the file, place in it or None)}
@@ -135,7 +142,7 @@ class Kind:
         if name.startswith("h."):
             return blank(torch.float64, self.rack.device).clone()
         if (e, name) in self.fixed_leaves:
-            t = next(iter(self.fixed.values()))[e.step, e.site_name][name]
+            t = self.fixed[e.step, e.site_name][name]
             return blank(t.dtype, t.device).expand(t.shape)
         key, _ = self.keys[e.step, e.site_name][name]
         step = self.recipe["steps"][e.step]
@@ -148,25 +155,29 @@ class Kind:
     def last_attend(self, e):
         return e.where.attends[-1]
 
+    def own_bases(self, seed):
+        """Whether a state of this seed has fixed tensors of its own: where init draws any at random, and another seed is not the first
+        one's."""
+        return bool(self.fixed_leaves) and self.drawn and seed != self.recipe["seed"]
+
     def fixed_of(self, seed):
-        """What init makes again from the seed; the seed's own only where init draws at random at all."""
-        if not self.fixed_leaves:
-            return next(iter(self.fixed.values()))
-        if not self.drawn:
-            return next(iter(self.fixed.values()))
-        if seed not in self.fixed:
-            made = {}
-            for step in self.plan.steps:
-                pool = {}
-                bound = {s: s.bound(seed=seed, step=step.number, pool=pool, n_sites=len(step.sites), rank=r)
-                         for r, s in enumerate(step.sites)}
-                pool["sites"] = [bound[s] for s in step.sites if s not in step.twins]
-                for s in pool["sites"]:
-                    if any((e.step, e.site_name) == (step.number, s.name) for e, _ in self.fixed_leaves):
-                        new = call(step.method, "init", site=bound[next(t for t in step.sites if t.name == s.name)], seen=None)
-                        made[step.number, s.name] = {n: v.value.detach() for n, v in (new or {}).items() if isinstance(v, Fixed)}
-            self.fixed[seed] = {(e.step, e.site_name): made.get((e.step, e.site_name), {}) for e in self.entries}
-        return self.fixed[seed]
+        """What init makes again from a seed; it stays for as long as an adapter in memory uses it."""
+        if not self.own_bases(seed):
+            return self.fixed
+        if seed in self.others:
+            return self.others[seed]
+        wanted, made = {(e.step, e.site_name) for e, _ in self.fixed_leaves}, {}
+        for step in self.plan.steps:
+            pool = {}
+            bound = {s: s.bound(seed=seed, step=step.number, pool=pool, n_sites=len(step.sites), rank=r)
+                     for r, s in enumerate(step.sites)}
+            pool["sites"] = [bound[s] for s in step.sites if s not in step.twins]
+            for s in pool["sites"]:
+                if (step.number, s.name) in wanted:
+                    new = call(step.method, "init", site=s, seen=None)
+                    made[step.number, s.name] = {n: v.value.detach() for n, v in new.items() if isinstance(v, Fixed)}
+        self.others[seed] = found = Fixings({k: made.get(k, {}) for k in self.fixed})
+        return found
 
     # -- who belongs --------------------------------------------------------------------------------------------------------
     def admits(self, adapter, recipe):
@@ -202,8 +213,9 @@ class Kind:
             for methods, these in ((self.chain, first), (chain, shapes)):
                 method, g = methods[e.step], torch.Generator().manual_seed(len(done))
                 table = self.recipe["steps"][e.step]["tensors"]
-                fixed = self.fixed[self.recipe["seed"]][e.step, e.site_name]
-                own = {n: _random(these[k], save.DTYPES[table[k]["dtype"]], g).to(self.rack.device) for n, (k, _) in keys.items()}
+                fixed = self.fixed[e.step, e.site_name]
+                own = {n: _random(these[k], save.DTYPES[table[k]["dtype"]], g).to(self.rack.device)
+                       for n, (k, _) in keys.items()}
                 wide = {n: pad(t, most[keys[n][0]]) for n, t in own.items()}
                 e.method = method
                 try:
@@ -282,7 +294,7 @@ def hyper(method, names):
 
 
 def frame(recipe):
-    """All that must agree for states to be stacked: methods, words among their hyperparameters, sites, tensors but for their sizes."""
+    """All that must agree for states to be stacked: methods, words among their hyperparameters, sites, tensors but for sizes."""
     def word(v):
         return v if not isinstance(v, int | float) or isinstance(v, bool) else "number"
 
@@ -315,7 +327,7 @@ def _try(bound, e):
         a = call(m, "attend", a=a, p=p)
         return [a if torch.is_tensor(a) else a.run()]
     W, b = s.W, s.b
-    out = call(m, "weight", W=W, p=p, **({"b": W.new_zeros(W.shape[0]) if b is None else b} if "b" in m.wants("weight") else {}))
+    out = call(m, "weight", W=W, p=p, b=W.new_zeros(W.shape[0]) if b is None else b)
     out = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
     if e.fast:
         x = draw(3, s.d_in)

@@ -5,15 +5,16 @@
     out = rack(batch, names=["alice", "bob", None, "alice"])         # None: the base model
     ids = rack.generate(input_ids=ids, names=[...], max_new_tokens=20)
 
-`rack(...)` raises RowsFailed after it has run the rows that could be run; `rack.run(...)` returns (outputs, errors) instead. Either
-way a row whose adapter is missing or broken fails alone: its outputs are NaN (padding, for generated ids).
+`rack(...)` raises RowsFailed after it has run the rows that could be run; `rack.run(...)` returns (outputs, errors) instead.
+Either way a row whose adapter is missing or broken fails alone: its outputs are NaN (padding, for generated ids).
 
 Adapters of one chain make a *kind* and share a batch: their states are stacked and the chain's verbs mapped over the rows, see
 `rows`. Adapters whose chains differ in numbers only (rank, alpha) are of one kind too where padding their states with zeros
 changes nothing, which is tried out on random states before it is believed. Other rows run one kind, or where a verb cannot be
 mapped one adapter, after the other; `cost()` says which and why.
 
-States lie on disk, memory-mapped; those in use lie in memory, at most `memory` bytes of them, the least recently used leaving first.
+States lie on disk, memory-mapped; those in use lie in memory, at most `memory` bytes of them, the least recently used leaving
+first. Random bases that all adapters of a kind share (one seed) count to the model; those of other seeds count like states.
 """
 
 import math
@@ -52,7 +53,7 @@ class Rack:
         self.model = base_of(model)
         where = {p.device for p in self.model.parameters()}
         if len(where) > 1:
-            raise DoesNotFit(f"This model lies on several devices ({', '.join(map(str, where))}); a rack serves one on a single device.")
+            raise DoesNotFit(f"This model lies on several devices ({', '.join(map(str, where))}). A rack serves a model on one.")
         self.device, self.memory, self.used = where.pop(), size(memory), 0
         self.adapters, self.kinds, self.items = {}, [], OrderedDict()
         self.stats = Counter()
@@ -62,7 +63,7 @@ class Rack:
 
     # -- loading --------------------------------------------------------------------------------------------------------
     def load(self, name, folder):
-        """Know the state in `folder` as `name`. Everything about it is checked now; its tensors stay on disk until they are used."""
+        """Know the state in `folder` as `name`. All of it is checked now; its tensors stay on disk until they are used."""
         if not isinstance(name, str) or not name:
             raise BadState(f"{name!r} is no name for an adapter. Give a text.")
         if name in self.adapters:
@@ -72,9 +73,7 @@ class Rack:
             adapter = Adapter(name, folder, recipe)
         except LuthierError as e:
             raise BadState(f"{folder}: its chain cannot be served here. {e}") from e
-        if self._need(adapter, 1) > self.memory:
-            raise DoesNotFit(f"{folder} needs {_human(self._need(adapter, 1))} in memory, and this rack may hold {_human(self.memory)}. "
-                             f"Give it more: Rack(model, memory=\"{_human(2 * self._need(adapter, 1), True)}\").")
+        self._fits_in(adapter, folder)
         kind = None
         if self._base is not None:
             self._fits(recipe, folder)
@@ -82,6 +81,9 @@ class Rack:
                 kind = next((k for k in self.kinds if k.admits(adapter, recipe)), None)
         if kind is None:
             kind = self._new(folder, recipe)
+        elif kind.own_bases(adapter.seed):
+            adapter.bytes += kind.fixed_bytes
+            self._fits_in(adapter, folder)
         adapter.kind, kind.n = kind, kind.n + 1
         self.adapters[name] = adapter
         self.stats["loads"] += 1
@@ -98,8 +100,14 @@ class Rack:
             except LuthierError as e:
                 errors[path.name] = e
         if not self.adapters:
-            raise next(iter(errors.values()), BadState(f"{folder} has no sub-folder with a tuned state. Put what `luthier tune` wrote there."))
+            raise next(iter(errors.values()), BadState(f"{folder} has no sub-folder. Put what `luthier tune` wrote there."))
         return errors
+
+    def _fits_in(self, adapter, folder):
+        need = self._need(adapter, 1)
+        if need > self.memory:
+            raise DoesNotFit(f"{folder} needs {_human(need)} in memory, and this rack may hold {_human(self.memory)}. Give it more: "
+                             f"Rack(model, memory=\"{_human(2 * need, True)}\").")
 
     def _fits(self, recipe, folder):
         want, have = recipe["base"].get("fingerprint"), self._base
@@ -110,7 +118,7 @@ class Rack:
         under = [repr(o.chain) for o in host.owners if o.active] if host else []
         if under != recipe["on"]:
             raise WrongBase(f"{folder} was trained on top of {' and '.join(recipe['on']) or 'the bare base'}; this rack stands on "
-                            f"{' and '.join(under) or 'the bare base'}.")
+                            f"{' and '.join(under) or 'the bare base'}. Make another rack for it.")
 
     def _new(self, folder, recipe):
         on = [k for k in self.kinds if k.owner in self._host_owners()]
@@ -230,8 +238,8 @@ class Rack:
 
     # -- running ---------------------------------------------------------------------------------------------------------------
     def __call__(self, batch=None, *, names, **kwargs):
-        """The model's output for a batch (a dict of its arguments), row i with adapter names[i], None being the base model. Raises
-        RowsFailed, which carries the outputs of the other rows, where some adapter is missing or broken."""
+        """The model's output for a batch (a dict of its arguments), row i with adapter names[i], None being the base model. Where
+        some adapter is missing or broken it raises RowsFailed, which carries the outputs of the other rows."""
         out, errors = self.run(batch, names=names, **kwargs)
         if errors:
             raise RowsFailed(out, errors)
@@ -381,6 +389,9 @@ class Rack:
                     self._lift(k)
             kind.put()
         host = Host.of(self.model)
+        if [o for o in host.owners if o.active] != kind.under:
+            raise WrongBase(f"What is on under this rack has changed: its adapters stand on "
+                            f"{' and '.join(kind.recipe['on']) or 'the bare base'}. Switch that, and nothing else, on again.")
         kind.bind(resident)
         try:
             kind.owner.active, host.rows = True, rows
@@ -413,13 +424,16 @@ class Rack:
     # -- what it costs ----------------------------------------------------------------------------------------------------
     def cost(self):
         """What the rack holds and how it serves: plain numbers and words."""
+        def kind(k):
+            return dict(chain=repr(k.chain), adapters=k.n, numbers_that_differ={i: sorted(v) for i, v in k.varying.items() if v},
+                        bytes_each=max(a.bytes for a in self.adapters.values() if a.kind is k), shared_bytes=k.fixed_bytes,
+                        served="adapter by adapter" if k.why else "row by row", why=k.why, base_apart=k.no_base,
+                        looped=sorted(set(k.looped.values())), traces=sum(t is not None for t in k.frozen.made.values()))
+
         return dict(adapters=len(self), memory=self.memory, used=self.used,
                     in_memory=sum(k[0] == "state" for k in self.items), compositions=sum(k[0] == "rows" for k in self.items),
                     bytes_on_disk=sum(a.bytes for a in self.adapters.values()), counts=dict(self.stats),
-                    kinds=[dict(chain=repr(k.chain), adapters=k.n, numbers_that_differ={i: sorted(v) for i, v in k.varying.items() if v},
-                                bytes_each=max(a.bytes for a in self.adapters.values() if a.kind is k),
-                                served="adapter by adapter" if k.why else "row by row", why=k.why, base_apart=k.no_base,
-                                looped=sorted(set(k.looped.values())), traces=len(k.frozen.made)) for k in self.kinds])
+                    kinds=[kind(k) for k in self.kinds])
 
 
 class _Lost(Exception):
@@ -445,7 +459,11 @@ def _runs(names):
 def _rows_of(batch, at, n):
     if at == list(range(n)):
         return batch
-    return {k: v[torch.tensor(at, device=v.device)] if torch.is_tensor(v) and v.dim() and len(v) == n else v for k, v in batch.items()}
+    def rows(k, v):
+        mine = torch.is_tensor(v) and v.dim() and len(v) == n and k != "cache_position"
+        return v[torch.tensor(at, device=v.device)] if mine else v
+
+    return {k: rows(k, v) for k, v in batch.items()}
 
 
 def _joined(outs, n, failed, fill=None):
