@@ -21,8 +21,8 @@ from luthier._compat import torchvision
 
 torchvision()
 
-CHAINS = {"lora": "lora(rank=8, at='linear')", "dora": "dora(rank=8, at='linear')", "ia3": "ia3()", "ssf": "ssf(at='linear norm')",
-          "randlora": "randlora(at='linear')", "houlsby": "houlsby()", "prefix": "prefix()"}
+CHAINS = {"lora": "lora(rank=8, at='linear')", "dora": "dora(rank=8, at='linear')", "ia3": "ia3()",
+          "ssf": "ssf(at='linear norm')", "randlora": "randlora(at='linear')", "houlsby": "houlsby()", "prefix": "prefix()"}
 FULL = dict(width=512, layers=6, heads=8, vocab=4096)
 SMALL = dict(width=64, layers=2, heads=4, vocab=128)
 
@@ -100,10 +100,12 @@ def decode(method, rows=16, new=32, rounds=5, shape=FULL):
         rack = luthier.Rack(model, "16GB")
         for k, f in enumerate(made):
             rack.load(f"a{k}", f)
-        given = dict(input_ids=ids(rows, 8, shape["vocab"]), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        given = dict(input_ids=ids(rows, 8, shape["vocab"]), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                     pad_token_id=0)
         alone = luthier.load(llama(**shape), made[0])
         got = clock({"mixed": lambda: rack.generate(names=[f"a{k}" for k in range(rows)], **given),
-                     "one": lambda: rack.generate(names=["a0"] * rows, **given), "attached": lambda: alone.generate(**given)}, rounds)
+                     "one": lambda: rack.generate(names=["a0"] * rows, **given),
+                     "attached": lambda: alone.generate(**given)}, rounds)
         return dict(method=method, rows=rows, new=new, **got, ratio=got["mixed"]["median"] / got["one"]["median"],
                     ratio_to_attached=got["mixed"]["median"] / got["attached"]["median"])
 
@@ -175,7 +177,8 @@ def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
         with torch.no_grad():
             got = clock({"peft_mixed": lambda: model(**batch, adapter_names=names),
                          "peft_one": lambda: model(**batch, adapter_names=["a0"] * rows), "peft_plain": lambda: model(**batch),
-                         "rack_mixed": lambda: rack(batch, names=names), "rack_one": lambda: rack(batch, names=["a0"] * rows)}, rounds)
+                         "rack_mixed": lambda: rack(batch, names=names),
+                         "rack_one": lambda: rack(batch, names=["a0"] * rows)}, rounds)
 
         def switch(k):
             model.set_adapter(f"a{k % n}")

@@ -221,8 +221,8 @@ def tune(a):
 @command(arg("folder", metavar="DIR", nargs="?", help="what `luthier tune` wrote; with --rack none"),
          arg("input", metavar="INPUT", nargs="+", help="a text, an image file, a folder of images, a file of rows, or - for "
                                                        "lines of stdin"),
-         arg("--rack", metavar="DIR", help="a folder whose sub-folders `luthier tune` wrote: one base, a tuned state for each row, "
-                                           "which names it in its column `adapter`"),
+         arg("--rack", metavar="DIR", help="a folder whose sub-folders `luthier tune` wrote: one base, and for each row "
+                                           "the tuned state that its column `adapter` names"),
          arg("--adapter", metavar="NAME", help="with --rack: of rows that name none"),
          arg("--memory", default="2GB", metavar="SIZE", help="with --rack: what states in use may take (default 2GB)"),
          IMPORT, JSON)

@@ -262,7 +262,7 @@ class Patch:
         return e.site.read(P), None if b is None else e.site.read_b(b)
 
     def worth(self, args, kwargs, n=1):
-        """Whether every fast verb that can tell pays for the tokens of this call, n-th parts of which have a state of their own."""
+        """Whether every fast verb that can tell pays for the tokens of this call; each n-th part of them has its own state."""
         x = args[0] if args else next(iter(kwargs.values()))
         return all(e.method.worth(x.numel() // x.shape[-1] / n, e.site.d_in, e.site.d_out) for e in self.picky)
 

@@ -19,8 +19,8 @@ from luthier.method import REGISTRY, Method, method
 from luthier.serve import fold, rows
 
 torchvision()
-CHAINS = {"lora": "lora(at='linear')", "dora": "dora(at='linear')", "ia3": "ia3()", "ssf": "ssf()", "randlora": "randlora(rank=4)",
-          "houlsby": "houlsby(width=4)", "prefix": "prefix(n=2, mid=8)"}
+CHAINS = {"lora": "lora(at='linear')", "dora": "dora(at='linear')", "ia3": "ia3()", "ssf": "ssf()",
+          "randlora": "randlora(rank=4)", "houlsby": "houlsby(width=4)", "prefix": "prefix(n=2, mid=8)"}
 
 
 def build(which):
@@ -93,10 +93,10 @@ def close(a, b):
 
 # -- a row is served as if it were alone --------------------------------------------------------------------------
 @pytest.mark.parametrize("which, chain", [
-    *[("llama", c) for c in CHAINS.values()], ("gpt2", "ia3()"), ("gpt2", "lora(at='attn.q mlp.up')"), ("bert", "houlsby(width=4)"),
-    ("bert", "ssf()"), ("t5", "lora()"), ("vit", "probe() >> lora()"), ("resnet", "ssf()"), ("gpt2", "bitfit()"),
-    ("llama", "lora() >> ssf()"), ("llama", "ladder(reduce=4)"), ("llama", "prefix(n=2, reparam=False)"), ("llama", "prompt(n=3)"),
-    ("vit", "vpt(n=2)"), ("llama", "sparse()")])
+    *[("llama", c) for c in CHAINS.values()], ("gpt2", "ia3()"), ("gpt2", "lora(at='attn.q mlp.up')"), ("gpt2", "bitfit()"),
+    ("bert", "houlsby(width=4)"), ("bert", "ssf()"), ("t5", "lora()"), ("vit", "probe() >> lora()"), ("vit", "vpt(n=2)"),
+    ("resnet", "ssf()"), ("llama", "lora() >> ssf()"), ("llama", "ladder(reduce=4)"), ("llama", "prefix(n=2, reparam=False)"),
+    ("llama", "prompt(n=3)"), ("llama", "sparse()")])
 def test_rows_equal_one_by_one(shelf, alone, which, chain):
     rack, folders = racked(shelf, which, [chain] * 3)
     for names in (["a0", "a1", "a2"], ["a2", None, "a0"], ["a1", "a1", "a1"], ["a0", "a0", "a2"], [None] * 3):
@@ -160,7 +160,7 @@ def test_random_bases_of_other_seeds(shelf, alone):
 def test_random_traffic(shelf, alone):
     """Thirty batches over twelve adapters in a memory for a few of them: every row right, the limit held throughout."""
     chains = [f"lora(rank={r})" for r in (2, 4, 8)] + ["dora()", "houlsby(width=4)", "ssf()"]
-    rack, folders = racked(shelf, "llama", chains * 2, memory="100kB")
+    rack, folders = racked(shelf, "llama", chains * 2, memory="250kB")
     rng, held = random.Random(0), []
     room, rack._room = rack._room, lambda *a: (held.append(rack.used), room(*a))[1]
     for step in range(30):
@@ -277,6 +277,20 @@ def test_one_adapter_for_a_while(shelf, alone):
         close(said(model, "llama"), alone("llama", folders["a1"]))
     with torch.no_grad():
         assert torch.equal(said(rack.model, "llama"), alone("llama", None))
+
+
+def test_nothing_is_dropped_while_serving(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double().train()
+    for k in range(2):
+        tuned = check.jiggle(luthier.attach(model, "lora(at='all', rank=2, dropout=0.5)", seed=k))
+        tuned.save(tmp_path / str(k))
+        tuned.detach()
+    rack = Rack(model)
+    rack.load("a", tmp_path / "0").load("b", tmp_path / "1")
+    x = {"input": torch.ones(2, 4, dtype=torch.float64)}
+    for names in (["a", "b"], ["a", "a"]):
+        first = rack(x, names=names)
+        assert torch.equal(rack(x, names=names), first) and first.count_nonzero() == 8 and model.training and model[1].training
 
 
 # -- generation ---------------------------------------------------------------------------------------------------------
@@ -537,7 +551,8 @@ def test_predict_with_a_rack(capsys, customers, tmp_path):
         said = capsys.readouterr()
         return code, said.out, said.err
 
-    rows = [("alice", "good", "yes"), ("bob", "good", "no"), ("bob", "bad", "yes"), ("alice", "awful", "no"), ("", "good", None)]
+    rows = [("alice", "good", "yes"), ("bob", "good", "no"), ("bob", "bad", "yes"), ("alice", "awful", "no"),
+            ("", "fine", None)]
     (tmp_path / "in.csv").write_text("adapter,review\n" + "".join(f"{n},the film was {w}\n" for n, w, _ in rows))
     code, out, _ = run(tmp_path / "in.csv", "--json")
     assert code == 0

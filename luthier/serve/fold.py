@@ -1,8 +1,8 @@
 """What a verb computes from its state alone is computed once; what repeats at the same shapes is traced once.
 
 Verbs are pure in their state, so the operations of a verb fall into those that see the batch and those that see only the state.
-A verb is run once under `Numbering`, which gives a number to everything of the second kind; a `Program` is the list of them, with
-the few whose values are needed. From then on, an operation of the list hands out the value that was kept for it.
+A verb is run once under `Numbering`, which gives a number to everything of the second kind; a `Program` is the list of them,
+with the few whose values are needed. From then on, an operation of the list hands out the value that was kept for it.
 """
 
 from collections import OrderedDict
@@ -22,13 +22,14 @@ class Ref(int):
     """The number of a value that depends on the state alone."""
 
 
-LOOKS = {"__get__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "is_contiguous"}
+LOOKS = {"__get__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size",
+         "is_contiguous"}
 NEVER = ("rand", "dropout", "bernoulli", "multinomial", "normal", "uniform", "exponential", "empty")
 
 
 class Program:
-    """What one verb at one site computes from its state: a table from operation to number, the numbers whose values are kept, at
-    most `own` bytes of them, and the leaves that are needed beside them."""
+    """What one verb at one site computes from its state: a table from operation to number, the numbers whose values are kept,
+    at most `own` bytes of them, and the leaves that are needed beside them."""
 
     def __init__(self, leaves, own, fold=True):
         self.leaves, self.own, self.fold = tuple(leaves), own, fold
@@ -255,7 +256,7 @@ class Frozen:
         self.seen, self.made = OrderedDict(), OrderedDict()
 
     def __call__(self, key, make, args):
-        """The trace of make() at these arguments, flat, once it has been asked for often; None before, and where there is none."""
+        """The trace of make() at these arguments, flat, once it has been asked for often; None until then."""
         if key in self.made:
             self.made.move_to_end(key)
             return self.made[key]
@@ -266,7 +267,7 @@ class Frozen:
             return None
         try:
             self.made[key] = traced(make(), args)
-        except Exception:                                   # it runs untraced, and whoever runs it hears of any fault of its own
+        except Exception:                                   # it runs untraced, and whoever runs it hears of its own faults
             self.made[key] = None
         while len(self.made) > KEPT:
             self.made.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Adapters that share a batch: what is checked of a state before it is served, how it lies in memory, how states are stacked."""
+"""Adapters that share a batch: what is checked of a state before it is served, how it lies in memory, how states stack."""
 
 import math
 import os
@@ -42,16 +42,16 @@ class Adapter:
         try:
             if self._stamp() != self.stamp:
                 if save._sha256(self.path) != self.sha256:
-                    raise BadState(f"{self.path} has changed since it was loaded as {self.name!r}. Unload it and load it again.")
+                    raise BadState(f"{self.path} has changed since it was loaded as {self.name!r}. Unload it and load it anew.")
                 self.stamp = self._stamp()
             with safe_open(self.path, "pt") as f:
                 return {k: f.get_tensor(k).clone().to(device) for k in f.keys()}
         except SafetensorError as e:
-            raise BadState(f"{self.path}, loaded as {self.name!r}, is corrupt now ({str(e)[:100]}). Unload it, and load a whole "
-                           "one.") from None
+            raise BadState(f"{self.path}, loaded as {self.name!r}, is corrupt now ({str(e)[:100]}). Unload it, and load a "
+                           "whole one.") from None
         except OSError as e:
-            raise BadState(f"{self.path}, loaded as {self.name!r}, cannot be read any more ({e.strerror or e}). Unload it, or put "
-                           "it back.") from None
+            raise BadState(f"{self.path}, loaded as {self.name!r}, cannot be read any more ({e.strerror or e}). Unload it, "
+                           "or put it back.") from None
 
 
 class Resident:
@@ -59,7 +59,7 @@ class Resident:
 
     def __init__(self, adapter, tensors, fixed):
         self.adapter, self.tensors, self.fixed = adapter, tensors, fixed
-        self.states, self.padded, self.folded, self.bytes = {}, {}, {}, adapter.bytes
+        self.states, self.folded, self.bytes = {}, {}, adapter.bytes
 
 
 class Fixings(dict):
@@ -92,6 +92,7 @@ class Kind:
         self.most = {k: tuple(t["shape"]) for s in recipe["steps"] for k, t in s["tensors"].items()}
         self.varying = {i: {} for i in range(len(self.chain))}       # step -> {hyperparameter that differs within the kind}
         self.why = self.no_base = None
+        self.many_bases = False
         self.n, self.learned, self.tries, self.frame = 0, False, 0, frame(recipe)
         self.frozen, self.looped, self.programs, self.exact = Frozen(), {}, {}, set()
         for st in tuned.states.values():                   # the tensors themselves are the rack's business from here on
@@ -131,11 +132,16 @@ class Kind:
 
     def leaves_of(self, resident, e):
         """The same, padded to the largest of the kind; and the hyperparameters that differ within it, as tensors."""
-        if e not in resident.padded:
-            keys = self.keys.get((e.step, e.site_name), {})
-            values = {n: pad(t, self.most[keys[n][0]]) if n in keys else t for n, t in self.raw(resident, e).items()}
-            resident.padded[e] = values
-        return resident.padded[e], hyper(resident.adapter.chain[e.step], self.varying[e.step])
+        keys = self.keys.get((e.step, e.site_name), {})
+        values = {n: pad(t, self.most[keys[n][0]]) if n in keys else t for n, t in self.raw(resident, e).items()}
+        return values, hyper(resident.adapter.chain[e.step], self.varying[e.step])
+
+    def row_bytes(self):
+        """Of the states of one row: padded, with bases of its own where some adapter has them, and numbers that differ."""
+        tables = {k: t for s in self.recipe["steps"] for k, t in s["tensors"].items()}
+        held = sum(save.DTYPES[t["dtype"]].itemsize * math.prod(self.most[k]) * (1 if t["shared"] else len(t["of"]))
+                   for k, t in tables.items())
+        return held + self.fixed_bytes * self.many_bases + 8 * sum(len(self.varying[e.step]) for e in self.entries)
 
     def hollow(self, e, name):
         """A leaf that nobody needs: its shape and type alone."""
@@ -156,8 +162,7 @@ class Kind:
         return e.where.attends[-1]
 
     def own_bases(self, seed):
-        """Whether a state of this seed has fixed tensors of its own: where init draws any at random, and another seed is not the first
-        one's."""
+        """Whether a state of this seed has fixed tensors of its own: where init draws at random, and the seed is another."""
         return bool(self.fixed_leaves) and self.drawn and seed != self.recipe["seed"]
 
     def fixed_of(self, seed):
@@ -201,7 +206,7 @@ class Kind:
         return True
 
     def _exact(self, chain, shapes, most, varying):
-        """Tried on random states: padded with zeros and with its numbers as tensors, each chain says what it says on its own."""
+        """Tried on random states: padded with zeros and with its numbers as tensors, each chain says what it says alone."""
         first = {k: tuple(t["shape"]) for s in self.recipe["steps"] for k, t in s["tensors"].items()}
         done = set()
         for e in self.entries:
@@ -294,7 +299,7 @@ def hyper(method, names):
 
 
 def frame(recipe):
-    """All that must agree for states to be stacked: methods, words among their hyperparameters, sites, tensors but for sizes."""
+    """All that must agree for states to be stacked: methods, words among hyperparameters, sites, tensors but for sizes."""
     def word(v):
         return v if not isinstance(v, int | float) or isinstance(v, bool) else "number"
 

@@ -11,7 +11,7 @@ from .rack import Rack
 
 def predict(folder, sources, adapter=None, memory="2GB"):
     """-> (inputs, what was found for each, {row: error}). A row is a dict with its adapter's name under "adapter", or takes the
-    `adapter` given; "" is the base model. Rows whose adapter is missing or broken have an error, all others their prediction."""
+    `adapter` given; "" is the base model. Rows whose adapter is missing or broken have an error, the others a prediction."""
     specs, errors = {}, {}
     folder = Path(folder)
     for path in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
@@ -33,7 +33,7 @@ def predict(folder, sources, adapter=None, memory="2GB"):
         if name in refused:
             errors[i] = refused[name]
     found, groups = [None] * len(given), {}
-    for i, name in enumerate(names):                        # adapters with other labels or columns read their rows in their own way
+    for i, name in enumerate(names):                        # adapters with other labels or columns read rows in their own way
         if i not in errors:
             spec = specs.get(name, first).get("task", first["task"])
             groups.setdefault(json.dumps(spec, sort_keys=True), []).append(i)

@@ -53,7 +53,7 @@ class Rack:
         self.model = base_of(model)
         where = {p.device for p in self.model.parameters()}
         if len(where) > 1:
-            raise DoesNotFit(f"This model lies on several devices ({', '.join(map(str, where))}). A rack serves a model on one.")
+            raise DoesNotFit(f"This model lies on several devices ({', '.join(map(str, where))}). A rack needs one.")
         self.device, self.memory, self.used = where.pop(), size(memory), 0
         self.adapters, self.kinds, self.items = {}, [], OrderedDict()
         self.stats = Counter()
@@ -82,7 +82,7 @@ class Rack:
         if kind is None:
             kind = self._new(folder, recipe)
         elif kind.own_bases(adapter.seed):
-            adapter.bytes += kind.fixed_bytes
+            adapter.bytes, kind.many_bases = adapter.bytes + kind.fixed_bytes, True
             self._fits_in(adapter, folder)
         adapter.kind, kind.n = kind, kind.n + 1
         self.adapters[name] = adapter
@@ -90,7 +90,7 @@ class Rack:
         return self
 
     def load_all(self, folder):
-        """Load every state in the sub-folders of `folder` under its sub-folder's name; returns name -> error of those refused."""
+        """Load every state in the sub-folders of `folder` under the sub-folder's name; returns name -> error of the refused."""
         folder, errors = Path(folder), {}
         if not folder.is_dir():
             raise BadState(f"{folder} is no folder. Give one whose sub-folders hold tuned states.")
@@ -104,21 +104,21 @@ class Rack:
         return errors
 
     def _fits_in(self, adapter, folder):
-        need = self._need(adapter, 1)
+        need = 2 * adapter.bytes
         if need > self.memory:
-            raise DoesNotFit(f"{folder} needs {_human(need)} in memory, and this rack may hold {_human(self.memory)}. Give it more: "
-                             f"Rack(model, memory=\"{_human(2 * need, True)}\").")
+            raise DoesNotFit(f"{folder} needs {_human(need)} in memory, and this rack may hold {_human(self.memory)}. Give it "
+                             f"more: Rack(model, memory=\"{_human(2 * need, True)}\").")
 
     def _fits(self, recipe, folder):
         want, have = recipe["base"].get("fingerprint"), self._base
         if want != have:
-            save._same_base(self.model, recipe, folder)     # says how it differs; a base that was written since is found here too
+            save._same_base(self.model, recipe, folder)     # says how it differs
             raise WrongBase(f"{folder} was made for another base ({want}; here {have}).")
         host = Host.of(self.model)
         under = [repr(o.chain) for o in host.owners if o.active] if host else []
         if under != recipe["on"]:
-            raise WrongBase(f"{folder} was trained on top of {' and '.join(recipe['on']) or 'the bare base'}; this rack stands on "
-                            f"{' and '.join(under) or 'the bare base'}. Make another rack for it.")
+            raise WrongBase(f"{folder} was trained on top of {' and '.join(recipe['on']) or 'the bare base'}; this rack stands "
+                            f"on {' and '.join(under) or 'the bare base'}. Make another rack for it.")
 
     def _new(self, folder, recipe):
         on = [k for k in self.kinds if k.owner in self._host_owners()]
@@ -203,16 +203,11 @@ class Rack:
             self._evict(key)
             self.stats["evictions"] += 1
 
-    @staticmethod
-    def _need(adapter, rows):
-        """Bytes at most: a state and what its verbs keep of it (never more than its own size), alone and for each row."""
-        return 2 * adapter.bytes * (1 if rows == 1 else rows + 1)
-
     def resident(self, name, keep=()):
         key = ("state", name)
         if key not in self.items:
             adapter = self.adapters[name]
-            self._room(2 * adapter.bytes, keep)
+            self._room(adapter.bytes, keep)
             self.items[key] = Resident(adapter, adapter.tensors(self.device), adapter.kind.fixed_of(adapter.seed))
             self.used += adapter.bytes
             self.stats["reads"] += 1
@@ -226,7 +221,7 @@ class Rack:
             there = [n for n in dict.fromkeys(names) if n is not None]
             keep = {("state", n) for n in there}
             residents = {n: self._resident(n, keep) for n in there}
-            self._room(max(self.adapters[n].bytes for n in there) * (2 * len(names) + len(there)), keep)
+            self._room(kind.row_bytes() * (2 * len(names) + len(there)), keep)      # with what verbs keep: no more than a state
             mixed = kind.compose(list(names), residents)
             tensors = {t.untyped_storage()._cdata: t for s in mixed.states.values() for _, t, d in s if d is not None}
             mixed.bytes = sum(t.untyped_storage().nbytes() for t in tensors.values())
@@ -238,8 +233,8 @@ class Rack:
 
     # -- running ---------------------------------------------------------------------------------------------------------------
     def __call__(self, batch=None, *, names, **kwargs):
-        """The model's output for a batch (a dict of its arguments), row i with adapter names[i], None being the base model. Where
-        some adapter is missing or broken it raises RowsFailed, which carries the outputs of the other rows."""
+        """The model's output for a batch (a dict of its arguments), row i with adapter names[i], None being the base model.
+        Where some adapter is missing or broken it raises RowsFailed, which carries the outputs of the other rows."""
         out, errors = self.run(batch, names=names, **kwargs)
         if errors:
             raise RowsFailed(out, errors)
@@ -288,18 +283,28 @@ class Rack:
         for i, name in enumerate(names):
             if name is not None and name not in self.adapters:
                 errors[i] = UnknownName(f"no adapter is called {name!r}. {nearest(name, self.adapters)} load() it first.")
-        with torch.no_grad():
-            while outs is None and len(errors) < len(names):
-                use = [None if i in errors else n for i, n in enumerate(names)]
-                try:
-                    outs = [(at, self._part(kind, [use[i] for i in at], _rows_of(batch, at, len(names)), fn))
-                            for kind, at in self._parts(use, set(errors))]
-                except _Lost as lost:                       # a state that could not be read: its rows fail, the rest runs again
-                    errors |= {i: lost.error for i, n in enumerate(names) if n == lost.name}
-                except _Again:
-                    pass
+        flags = [m for m in self.model.modules() if m.training] if self.model.training else []
+        self.model.eval() if flags else None               # nothing is dropped while serving
+        try:
+            with torch.no_grad():
+                while outs is None and len(errors) < len(names):
+                    outs = self._try(batch, names, errors, fn)
+        finally:
+            for m in flags:
+                m.training = True
         self.stats["rows"] += len(names)
         return (None if outs is None else _joined(outs, len(names), sorted(errors), fill)), errors
+
+    def _try(self, batch, names, errors, fn):
+        """[(rows, their outputs)], or None where something was learned on the way: it is noted, and the batch runs anew."""
+        use = [None if i in errors else n for i, n in enumerate(names)]
+        try:
+            return [(at, self._part(kind, [use[i] for i in at], _rows_of(batch, at, len(names)), fn))
+                    for kind, at in self._parts(use, set(errors))]
+        except _Lost as lost:                               # a state that could not be read: its rows fail
+            errors |= {i: lost.error for i, n in enumerate(names) if n == lost.name}
+        except _Again:
+            pass
 
     def _parts(self, names, failed):
         """[(kind or None for the base, rows)]: what can run at once. Rows that failed ride along as base rows."""
@@ -318,16 +323,16 @@ class Rack:
                 parts += self._chunks(kind, by)
             else:
                 parts += [(kind, rows) for rows in by.values()]
+        base = [i for i in base if i not in failed]
         return parts + ([(None, base)] if base else [])
 
     def _chunks(self, kind, by):
         """As many adapters at a time as memory holds; equal names side by side where that makes fewer, larger groups."""
-        most = max((self.adapters[n].bytes for n in by if n is not None), default=0)
         whole = [i for rows in by.values() for i in rows]
         together = math.gcd(*map(len, by.values()))
         if len(by) == 1:
             return [(kind, sorted(whole))]
-        if 2 * most * (len(whole) // together + len([n for n in by if n is not None])) <= self.memory:
+        if 2 * kind.row_bytes() * (len(whole) // together + len(by)) <= self.memory:
             return [(kind, whole if together > 1 else sorted(whole))]
         half = list(by.items())
         middle = len(half) // 2
@@ -378,7 +383,8 @@ class Rack:
             self._evict(key)
         for item in self.items.values():
             if isinstance(item, Resident) and item.adapter.kind is kind:
-                item.folded, item.padded = {}, {}
+                self.used -= item.bytes - item.adapter.bytes
+                item.folded, item.bytes = {}, item.adapter.bytes
 
     @contextmanager
     def _serving(self, kind, resident, rows=None):
@@ -417,15 +423,16 @@ class Rack:
             one = kind.seen.get(place)
             if one is not None and n != one * rows and not n == one == 1:
                 name = type(getattr(place, "module", None) or place.site.module).__name__
-                raise NotByRow(f"{name} is called with {one} of something for one row and {n} for {rows}: rows are not its first "
-                               "dimension.")
+                raise NotByRow(f"{name} is called with {one} of something for one row and {n} for {rows}: rows are not its "
+                               "first dimension.")
         kind.learned = True
 
     # -- what it costs ----------------------------------------------------------------------------------------------------
     def cost(self):
         """What the rack holds and how it serves: plain numbers and words."""
         def kind(k):
-            return dict(chain=repr(k.chain), adapters=k.n, numbers_that_differ={i: sorted(v) for i, v in k.varying.items() if v},
+            differ = {i: sorted(v) for i, v in k.varying.items() if v}
+            return dict(chain=repr(k.chain), adapters=k.n, numbers_that_differ=differ,
                         bytes_each=max(a.bytes for a in self.adapters.values() if a.kind is k), shared_bytes=k.fixed_bytes,
                         served="adapter by adapter" if k.why else "row by row", why=k.why, base_apart=k.no_base,
                         looped=sorted(set(k.looped.values())), traces=sum(t is not None for t in k.frozen.made.values()))
@@ -467,8 +474,8 @@ def _rows_of(batch, at, n):
 
 
 def _joined(outs, n, failed, fill=None):
-    """The outputs of several runs as one, in the rows' order; rows that failed are blanked. What has no rows (a loss, a cache) is
-    left out when there was more than one run."""
+    """The outputs of several runs as one, in the rows' order; rows that failed are blanked. What has no rows (a loss, a cache)
+    is left out when there was more than one run."""
     whole = len(outs) == 1 and outs[0][0] == list(range(n))
     if whole and not failed:
         return outs[0][1]

@@ -21,7 +21,7 @@ from ..method import call
 from ..save import _plain
 from .fold import Numbering, Program, Refold, blank, flat, flat_tensors, rebuilt
 
-SMALL = 1 << 18                          # entries of a weight up to which it is made for all rows at once; larger: state by state
+SMALL = 1 << 18                          # entries of a weight up to which it is made for all rows at once; else state by state
 
 
 class NotByRow(DoesNotFit):
@@ -351,8 +351,8 @@ class Mixed(Runs):
         new = self._tree(e, "stream", t, t.h)
         if self.base is not None:
             if new.h.shape != t.h.shape:
-                raise NotWithBase(f"{type(e.method).__name__} changes the number of tokens at {e.site.name}, and rows of the base "
-                                  "model in the same batch do not.")
+                raise NotWithBase(f"{type(e.method).__name__} changes the number of tokens at {e.site.name}, and rows of the "
+                                  "base model in the same batch do not.")
             new = replace(new, h=torch.where(self._base_rows(t.h), t.h, new.h))
         return new
 
