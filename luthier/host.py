@@ -124,7 +124,7 @@ class Entry:
         self.twin = module is not None and module is not site.module
         self.sets_bias = site.kind == "weight" and "b" in method.wants("weight")
         self.fast = (site.kind == "weight" and site.layout in ("linear", "conv1d") and method.has("fast") and not self.twin)
-        self.thin = self.fast and method.has("low_rank") and not isinstance(site.rows, torch.Tensor)
+        self.thin = self.fast and method.is_thin() and not isinstance(site.rows, torch.Tensor)
         self.fast_wants_weight = self.fast and bool({"W", "b"} & set(method.wants("fast")))
         self.plain = self.thin and site.rows is None and not (self.fast_wants_weight or method.has("produce"))
 

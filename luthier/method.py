@@ -70,6 +70,11 @@ class Method:
         """The names of the arguments that a verb asks for."""
         return cls._wants[verb]
 
+    @classmethod
+    def is_thin(cls):
+        """Whether fast() is the one that follows from low_rank(): a fast() of its own comes first."""
+        return cls.has("low_rank") and cls.fast in (_beside, _beside_weight)
+
     @property
     def observes(self):
         return self.has("observe") and self.watch != ""
