@@ -4,6 +4,7 @@ Nothing here writes a base tensor. A patch is a callable put in a module's own _
 plain objects, so copy.deepcopy copies them with the model they serve, and taking them away leaves the objects that were there.
 """
 
+import functools
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
@@ -411,6 +412,44 @@ class _Intercept(TorchFunctionMode):
 # -- token streams ------------------------------------------------------------------------------------------------
 
 
+class _Remembering:
+    """A KV cache whose rows and tokens move together with what side networks remember beside it (beams, candidates, drafts)."""
+
+    def _move(self, how):
+        for key, tensors in self._luthier_memory.items():
+            self._luthier_memory[key] = tuple(map(how, tensors))
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._move(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._move(lambda t: t[indices])
+
+    def crop(self, tokens):
+        super().crop(tokens)
+        self._move(lambda t: t[:, :, :self.get_seq_length()])
+
+
+@functools.cache
+def _with_memory(cls):
+    return type(cls.__name__, (_Remembering, cls), {})
+
+
+def remembering(past):
+    """The memory of a KV cache: name -> (k, v), each (B, H, S, Dh)."""
+    if "_luthier_memory" not in past.__dict__:
+        past._luthier_memory = {}
+        if hasattr(past, "reorder_cache"):
+            past.__class__ = _with_memory(type(past))
+    return past._luthier_memory
+
+
 class StackPort:
     """Around one run of blocks: starts its Tokens, keeps masks and positions right for inserted tokens, takes them out again."""
 
@@ -483,7 +522,7 @@ class StackPort:
         keymask = mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else None
         memory = None                                       # a cache, or a decoder that may be about to make one
         if past is not None or (s.embed == "ids" and not torch.is_grad_enabled()):
-            memory = past.__dict__.setdefault("_luthier_memory", {}) if past is not None else {}
+            memory = remembering(past) if past is not None else {}
             if not seen:
                 memory.clear()
         self.proto = dict(fixed=s.fixed, causal=s.causal, decoding=bool(seen), memory=memory, keymask=keymask)
@@ -541,8 +580,8 @@ class StackPort:
         past = out.get("past_key_values") if hasattr(out, "get") else kwargs.get("past_key_values")
         if past is not None and hasattr(past, "__dict__"):
             past._luthier_inserted = self.inserted
-            if "_luthier_memory" not in past.__dict__ and self.proto["memory"] is not None:
-                past._luthier_memory = self.proto["memory"]
+            if self.proto["memory"] is not None and self.proto["memory"] is not past.__dict__.get("_luthier_memory"):
+                remembering(past).update(self.proto["memory"])
         t = self.tokens
         if self.stack.embed == "ids" and t is not None and t.spans and not t.decoding and not self.keeps():
             lo = self.stack.fixed
