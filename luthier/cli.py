@@ -191,6 +191,8 @@ def compare(a):
                           help="what to tune with, such as \"lora(rank=8) >> ssf()\""),
          arg("--out", required=True, metavar="DIR", help="folder for the tuned state and its checkpoints"),
          arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate (default 1e-3)"),
+         arg("--schedule", default="linear", metavar="TEXT",
+             help="of the learning rate: constant, linear, cosine, step, \"uba(phi=5)\" (default linear)"),
          arg("--seed", type=whole(0), default=0, metavar="N",
              help="of the head, the state and the order of the data (default 0)"),
          arg("--resume", action="store_true", help="go on from the newest checkpoint in DIR"),
@@ -208,8 +210,8 @@ def tune(a):
     from .tune import tune
 
     scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed,
-                  resume=a.resume, every=a.every, precision=a.precision, log=False if a.log == "none" else a.log,
-                  say=lambda text: print(text, file=sys.stderr), **_task_options(a))
+                  resume=a.resume, every=a.every, precision=a.precision, schedule=a.schedule,
+                  log=False if a.log == "none" else a.log, say=lambda text: print(text, file=sys.stderr), **_task_options(a))
     if a.json:
         print(json.dumps(scores))
     else:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
+from . import schedule as schedules
 from .errors import BadChain, BadState, LuthierError, RunStopped
 
 SECONDS = 60                             # between checkpoints, unless a number of steps is asked for
@@ -35,6 +36,7 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
     progress  True, False, None (a bar on a terminal only) or a function of (step, total, loss)
     log       "tensorboard", False, or None (TensorBoard when `out` is given and it is installed)
     precision "no", "bf16" or "fp16": mixed precision of the forward pass
+    schedule  of the learning rate after warmup, as text: see luthier.schedule
     """
     _check(lr=lr, batch_size=batch_size, warmup=warmup, clip=clip, every=every or 1, schedule=schedule)
     per_epoch = task.n_batches("train", batch_size)
@@ -214,11 +216,11 @@ class _Run:
 
 
 def rate(k, total, lr, schedule="linear", warmup=0.06):
-    """Learning rate of step k: a linear rise over the first `warmup` share of the steps, then a linear fall to 0, or constant."""
+    """Learning rate of step k: a linear rise over the first `warmup` share of the steps, then what the schedule says."""
     rise = math.ceil(warmup * total)
     if k < rise:
         return lr * (k + 1) / rise
-    return lr * (total - k) / max(1, total - rise) if schedule == "linear" else lr
+    return lr * schedules.schedule(schedule)((k - rise) / max(1, total - rise))
 
 
 def _total(epochs, steps, per_epoch):
@@ -231,8 +233,7 @@ def _total(epochs, steps, per_epoch):
 
 
 def _check(lr, batch_size, warmup, clip, every, schedule):
-    if schedule not in ("linear", "constant"):
-        raise LuthierError(f"schedule={schedule!r}: there are linear and constant.")
+    schedules.schedule(schedule)
     for name, v, low, high in (("lr", lr, 0, math.inf), ("batch_size", batch_size, 1, math.inf), ("warmup", warmup, 0, 1),
                                ("clip", clip, 0, math.inf), ("every", every, 1, math.inf)):
         if not (isinstance(v, int | float) and math.isfinite(v) and low <= v <= high and (v > 0 or name == "warmup")):

@@ -15,7 +15,7 @@ from .method import parse
 
 
 def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no",
-         progress=None,
+         schedule="linear", progress=None,
          log=None, say=lambda text: None, **task_options):
     """Fit `chain` to the data; returns {"metric": ..., ...} on the test split. On a stop (Ctrl-C, NaN, full disk) the last good
     state is what lies in `out`, and `resume` goes on from it."""
@@ -35,7 +35,7 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     extra = {"task": task.spec(), "seed": seed}
     try:
         history = train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume, every=every,
-                        precision=precision, progress=progress, log=log)
+                        precision=precision, schedule=schedule, progress=progress, log=log)
     except RunStopped as stop:
         if tuned.k:                                        # tuned holds the last good state; keep it usable, if the disk lets us
             try:
