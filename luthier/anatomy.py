@@ -308,7 +308,8 @@ def block_sites(b, stack, found, place, ends):
         path = up(core) if isinstance(b.modules[up(core)], nn.TransformerEncoderLayer) else core
         stream(group, path, "", (place[core], -1), kind="attend", heads=heads)
     for tail, path, layout, mid in b.streams:
-        stream(tail, path, layout, (ends[path], 5) if layout == "out" else (place[path], -1), mid=mid)
+        more = dict(d=b.leaves[path].d_in) if tail == "mlp.act" else {}
+        stream(tail, path, layout, (ends[path], 5) if layout == "out" else (place[path], -1), mid=mid, **more)
     stream("out", b.path, "out", (ends[b.path], 8))
 
 

@@ -74,8 +74,8 @@ def plan(model, chain):
     for k, m in enumerate(chain):
         name, found, twins, first = type(m).__name__, find(every, m.at), {}, {}
         for s in found:
-            if not m.has(NEEDS[s.kind]):
-                can = [v for v in ("weight", "stream", "attend") if m.has(v)]
+            if not m.has(NEEDS[s.kind]) and not (s.kind == "stream" and s.layout == "out" and m.has("around")):
+                can = [v for v in ("weight", "stream", "around", "attend") if m.has(v)]
                 raise DoesNotFit(f"{name} acts on {' and '.join(can) or 'nothing'}, and {s.name} is a {s.kind} site: "
                                  f"it has no verb for it. Choose other sites with {name}(at=...); `luthier sites` lists them.")
             if s.kind == "weight":
@@ -311,6 +311,8 @@ class Tuned(nn.Module):
             raise DoesNotFit("This attachment was detached. Use the model itself, or attach again.")
         if self.training and torch.is_grad_enabled():
             self.forwards += 1
+            for st in self.states.values():
+                st.noted.clear()
         elif self.forwards >= PATIENCE:
             self._check_stepped()
         keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling()
@@ -420,7 +422,7 @@ class Tuned(nn.Module):
         """Write the change into new weights that take the base ones' place. The base tensors are kept, so undo stays exact."""
         self._check_stepped()
         for m in self.chain:
-            if not m.has("weight") or m.has("stream") or m.has("attend"):
+            if not m.has("weight") or m.has("stream") or m.has("attend") or m.has("around"):
                 raise NotMergeable(f"{type(m).__name__} changes the running model, not a weight; keep it attached.")
         mine = [(module, p) for module, p in self._host.patches.items() if any(e.owner is self._owner for e in p.entries)]
         for _, patch in mine:
@@ -448,6 +450,7 @@ class Tuned(nn.Module):
             patch.remove()
             del self._host.patches[module]
         self._merged = self._merged or [(new, mine, self._untie(new))]
+        self._host.refresh()
         return self
 
     def _untie(self, new):

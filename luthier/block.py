@@ -220,6 +220,8 @@ class Block:
             holder = self.join(re.split(r"\.(?:experts|shared_?\w*)\.", self.rel(xs[0].path))[0])
         while holder and isinstance(self.modules[holder], nn.ModuleList):       # nobody calls a list
             holder = up(holder)
+        if group == "mlp" and not middle:                           # the neurons: what the last matrix reads
+            self.streams.append(("mlp.act", roles["down"].path, "in", None))
         self.mlp_streams(group, holder, roles.get("gate", roles["up"]).path, roles["down"].path)
 
     def mlp_streams(self, group, holder, first=None, last=None):

@@ -45,7 +45,7 @@ class Host:
     def add(self, entry):
         s = entry.site
         if s.kind == "stream":
-            self._port(s).entries.append(entry)
+            self._port(s, entry.method.has("around") and s.layout == "out").entries.append(entry)
         else:
             self.patch(entry.module).add(entry)
         if s.stack is not None and s.kind != "weight":
@@ -56,10 +56,10 @@ class Host:
             self.patches[module] = Patch(self, module)
         return self.patches[module]
 
-    def _port(self, s):
-        key = (s.module, s.layout, s.tower)         # an embedding may serve two towers
+    def _port(self, s, around=False):
+        key = (s.module, "around" if around else s.layout, s.tower)         # an embedding may serve two towers
         if key not in self.ports:
-            self.ports[key] = (Mid if s.layout == "mid" else Port)(self, s)
+            self.ports[key] = (Around if around else Mid if s.layout == "mid" else Port)(self, s)
             for port in self.ports.values():
                 if isinstance(port, Mid):
                     port.last()
@@ -731,3 +731,95 @@ class Mid(Port):
         stack = self.host.run(self.site.stack)
         stack.tokens = replace(t, h=h, group=None)
         return (h, *out[1:]) if isinstance(out, tuple) else h
+
+
+def _wrappers(top):
+    """The patches and arounds in a module's forward, from the top down to what is not ours."""
+    found = []
+    while isinstance(top, Patch | Around):
+        found.append(top)
+        top = top.inner
+    return found
+
+
+def _bottom(top):
+    return [top, *(w.inner for w in _wrappers(top))][-1]
+
+
+class Around:
+    """Stands in the forward of a module with a stream in and out: the entries' `around(f, t, p)` decide when, and on what, it runs.
+    The first of a chain is the innermost. Other wrappers of the same forward (a Patch) may come and go below and above it."""
+
+    def __init__(self, host, site):
+        self.host, self.site, self.module, self.entries, self.live = host, site, site.module, [], []
+        self._install()
+
+    def _install(self):
+        self.inner, self.module.forward = self.module.__dict__.get("forward"), self
+
+    def remove(self):
+        top = self.module.__dict__.get("forward")
+        above = next((w for w in _wrappers(top) if w.inner is self), None)
+        if above is not None:
+            above.inner = self.inner
+        elif top is self and self.inner is None:
+            self.module.__dict__.pop("forward")
+        elif top is self:
+            self.module.forward = self.inner
+
+    def refresh(self):
+        """Weights change below it, whichever came first: it goes back to the top, also where a Patch that left took it along."""
+        self.live = [e for e in self.entries if e.owner.active]
+        top = self.module.__dict__.get("forward")
+        if not self.entries or top is self:
+            return
+        known = _wrappers(top)
+        if self in known:
+            self.remove()
+            self._install()
+        elif _bottom(top) is _bottom(self):                 # else somebody else's wrapper stands above, and calls it
+            self._install()
+
+    def _base(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) if self.inner is not None else type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        if not self.live:
+            return self._base(*args, **kwargs)
+        if torch.is_grad_enabled():                         # as under gradient checkpointing: it may run again
+            args, kwargs = tuple(map(self._uncached, args)), {k: self._uncached(v) for k, v in kwargs.items()}
+            kwargs |= {"use_cache": False} if kwargs.get("use_cache") else {}
+        name = None if args else next(k for k, v in kwargs.items() if torch.is_tensor(v) and v.is_floating_point())
+        x, whole = args[0] if args else kwargs[name], []
+        stack = self.host.run(self.site.stack) if x.dim() == 3 else None
+
+        def run(t):
+            before = stack.tokens if stack is not None else None
+            if stack is not None:
+                stack.tokens = t
+            out = self._base(t.h, *args[1:], **kwargs) if args else self._base(**{**kwargs, name: t.h})
+            h = out[0] if isinstance(out, tuple) else out
+            whole[:] = [out[1:]] if isinstance(out, tuple) else []
+            t = stack.take(h) if stack is not None else replace(t, h=h)
+            if stack is not None:
+                stack.tokens = before
+            return t
+
+        for e in self.live:
+            run = self._wrapped(e, run)
+        t = run(stack.take(x) if stack is not None else Tokens(x))
+        if stack is not None:
+            stack.tokens = t
+        return (t.h, *whole[0]) if whole else t.h
+
+    @staticmethod
+    def _wrapped(e, f):
+        return lambda t: call(e.method, "around", f=f, t=t, p=e.p)
+
+    def _uncached(self, v):
+        if not hasattr(v, "get_seq_length"):
+            return v
+        if v.get_seq_length():
+            raise DoesNotFit(f"{type(self.live[0].method).__name__} runs {self.site.name} itself, with gradients and a KV cache that "
+                             "is not empty. Use torch.no_grad(), or start without a cache.")
+        return None

@@ -6,12 +6,19 @@ from torch import nn
 from .site import Fixed
 
 
+class Noted(dict):
+    """Tensors of one training forward. They are in a graph, so no copy takes them along."""
+
+    def __deepcopy__(self, memo):
+        return Noted()
+
+
 class State(nn.Module):
     """p: what init returned, as attributes. `key` names the step, `site_name` the site."""
 
     def __init__(self, tensors, key, site_name):
         super().__init__()
-        self.key, self.site_name, self.fixed_names, self.moved = key, site_name, set(), {}
+        self.key, self.site_name, self.fixed_names, self.moved, self._noted = key, site_name, set(), {}, Noted()
         for name, v in tensors.items():
             if isinstance(v, nn.Parameter):
                 self.register_parameter(name, v)
@@ -22,6 +29,11 @@ class State(nn.Module):
                 self.register_buffer(name, v.detach() if v.requires_grad else v)
             else:
                 setattr(self, name, v)
+
+    @property
+    def noted(self):
+        """What `stream` and `around` leave here for `loss` in a training forward; empty again before the next one."""
+        return self._noted
 
     def resize(self, name, new, kept):
         """Give parameter `name` the values `new`; kept[i] is the old place along dim 0 of new entry i, or -1 for a newborn.

@@ -396,7 +396,7 @@ def test_an_attention_that_torch_may_pass_by_is_reached_through_its_layer():
 
 def test_streams_of_a_block():
     names = [s.name for s in scanned("llama") if s.kind != "weight"]
-    block = ["in", "attn", "attn.out", "mid", "mlp.in", "mlp.out", "out"]
+    block = ["in", "attn", "attn.out", "mid", "mlp.in", "mlp.act", "mlp.out", "out"]
     assert names == ["embed", *[f"block.{i}.{n}" for i in range(2) for n in block], "final"]
 
 
