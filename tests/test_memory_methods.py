@@ -1,14 +1,18 @@
 """Placement, freezing, schedules and lean backward passes: against sums by hand and against plain autograd."""
 
+import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from luthier import tiny
+from luthier import check, tiny
 from luthier.attach import attach
 from luthier.errors import BadChain, DoesNotFit, UnknownName
+from luthier.method import Chain, Method, parse
 from luthier.procedures.apet import apet as thrown
+from luthier.procedures.density import density
 from luthier.schedule import SCHEDULES, schedule
 from luthier.site import find
 from luthier.train import rate
@@ -100,3 +104,161 @@ def test_apet_throws_whole_modules_at_random_sites():
     assert [type(m).__name__ for m in thrown(model, 2000, modules=("lora(rank=2)",), inner=0)] == ["lora"]
     with pytest.raises(DoesNotFit, match="larger"):
         thrown(model, 3, inner=0)
+
+
+# -- around ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, repr=False)
+class again(Method):
+    """h' = f(h) + a (f(f(h)) - f(h))"""
+    at: str = "block.*.out"
+
+    def init(self, site):
+        return dict(a=site.zeros(1))
+
+    def around(self, f, t, p):
+        t = f(t)
+        return t.map_h(lambda h: h + p.a * (f(t).h - h))
+
+
+@dataclass(frozen=True, repr=False)
+class scaled(Method):
+    """h' = (1 + a) f(h)"""
+    at: str = "mlp.out"
+
+    def init(self, site):
+        return dict(a=site.zeros(1))
+
+    def around(self, f, t, p):
+        return f(t).map_h(lambda h: (1 + p.a) * h)
+
+
+@dataclass(frozen=True, repr=False)
+class without(Method):
+    at: str = "mlp.out"
+
+    def init(self, site):
+        return dict(a=site.zeros(1))
+
+    def around(self, f, t, p):
+        return t.map_h(torch.zeros_like)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5"])
+def test_a_method_may_run_a_block_twice(name):
+    model, batch = tiny.build(name), tiny.batch(name)
+    for m in model.modules():                               # a cache would be filled twice
+        if hasattr(m, "config"):
+            m.config.use_cache = False
+    base = check.run(model, batch)
+    tuned = attach(model, Chain((again(),)))
+    close(check.run(tuned, batch), base, 1e-6)
+    for p in tuned.states.parameters():
+        p.data.fill_(1.0)
+    there = check.run(tuned, batch)
+    tuned.detach()
+    blocks, handles = {s.module for s in find(model, "block.*.out")}, []
+    for block in blocks:                                    # the same by hand: a block's output is what it makes of its own output
+        forward = block.forward
+
+        def twice(h, *args, forward=forward, **kwargs):
+            out = forward(h, *args, **kwargs)
+            return forward(out[0] if isinstance(out, tuple) else out, *args, **kwargs)
+        block.forward, handles = twice, [*handles, block]
+    close(there, check.run(model, batch), 1e-5)
+
+
+def test_around_runs_the_changed_weights_whichever_came_first_and_goes_without_a_trace():
+    batch, found = tiny.batch("bert"), []
+    for around_first in (True, False):
+        model = tiny.build("bert")                          # BERT's mlp.out and mlp.down are one module
+        base, module = check.run(model, batch), find(model, "mlp.down")[0].module
+        chains = ["lora(at='mlp.down')", Chain((scaled(),))]
+        a = check.jiggle(attach(model, chains.pop(around_first)))
+        alone = check.run(a, batch)
+        b = check.jiggle(attach(model, chains.pop()))
+        found.append(check.run(b, batch))
+        b.fast = False
+        close(check.run(b, batch), found[-1])
+        b.fast = True
+        b.detach()
+        assert torch.equal(check.run(a, batch), alone)
+        b = check.jiggle(attach(model, "ssf(at='mlp.down')"))
+        assert not torch.equal(check.run(b, batch), alone)
+        (a if around_first else b).detach()
+        check.run(model, batch)
+        (b if around_first else a).detach()
+        assert torch.equal(check.run(model, batch), base) and "forward" not in vars(module)
+    close(*found)
+
+
+def test_around_may_leave_a_module_out():
+    model, batch = tiny.build("vit"), tiny.batch("vit")
+    calls = []
+    mlps = [s.module for s in find(model, "mlp.out")]
+    tuned = check.jiggle(attach(model, "houlsby(at='mlp.out')"))
+    outer = attach(model, Chain((without(),)))
+    handles = [find(model, "mlp.down")[0].module.register_forward_hook(lambda *a: calls.append(1))]
+    y = check.run(outer, batch)
+    assert not calls                                        # it never ran, and what comes after it met zeros
+    copied = copy.deepcopy(outer)
+    assert torch.equal(check.run(copied, batch), y)
+    with outer.off():
+        assert not torch.equal(check.run(outer, batch), y) and calls
+    handles[0].remove()
+    tuned.detach(), outer.detach()
+    assert not any("forward" in vars(m) for m in mlps)
+
+
+# -- DEFT -----------------------------------------------------------------------------------------------------------
+def test_deft_adds_the_soft_count_by_hand_and_changes_nothing_else():
+    model, batch = tiny.build("bert"), tiny.batch("bert")
+    tuned, seen = attach(model, parse("lora(rank=2) >> deft(weight_l=0.5, eps=1e-2)")).train(), []
+    handles = [s.module.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for s in find(model, "mlp.down")]
+    y = tiny.output(tuned, batch)
+    by_hand = 0.5 * sum((o**2 / (o**2 + 1e-2)).mean() for o in seen) / 2
+    close(tuned.penalty(), by_hand)
+    tuned.penalty().backward()
+    assert all(p.grad is not None for p in tuned.states.parameters() if p.shape[0] == 2)       # through the activations to A
+    [h.remove() for h in handles]
+    tuned.eval()
+    close(y, check.run(tuned, batch))
+    tuned.detach()
+    close(check.run(model, batch), y)                       # B = 0: nothing was changed by looking
+    shares = density(model, [batch], near=0.1)
+    mask = batch["attention_mask"].bool()
+    assert shares == pytest.approx({f"block.{i}.mlp.act": float((o[mask].abs() > 0.1).float().mean()) for i, o in enumerate(seen)})
+
+
+def test_deft_sums_the_means_of_two_towers_and_refuses_to_be_silent():
+    model, batch = tiny.build("t5"), tiny.batch("t5")
+    tuned, seen = attach(model, parse("lora() >> deft(eps=1e-2)")).train(), []
+    for s in find(model, "mlp.down"):
+        s.module.register_forward_pre_hook(lambda m, args: seen.append((args[0]**2 / (args[0]**2 + 1e-2)).mean()))
+    tuned(**batch)
+    assert len(seen) == 4
+    close(tuned.penalty(), sum(seen[:2]) / 2 + sum(seen[2:]) / 2)
+    with torch.no_grad():
+        tuned(**batch)
+    tuned.states.apply(lambda m: getattr(m, "noted", {}).clear())
+    with pytest.raises(DoesNotFit, match="saw no activation"):
+        tuned.penalty()
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])            # of one, mlp.out is the last matrix, of the other the whole MLP
+def test_adaptive_deft_skips_an_mlp_whose_weight_has_fallen(name):
+    model, batch = tiny.build(name), tiny.batch(name)
+    tuned, calls = attach(model, "deft(adaptive=True, skip=0.05)"), []
+    first = [p for p in tuned.states.values() if hasattr(p, "a")]
+    first[0].a.data.fill_(0.04)
+    find(model, "mlp.out")[0].module._modules.get("fc1", find(model, "mlp.down")[0].module)
+    handle = find(model, "mlp.down")[0].module.register_forward_pre_hook(lambda m, args: calls.append(1))
+    y = check.run(tuned, batch)
+    handle.remove()
+    assert bool(calls) == (name == "bert")                  # hooks stand before the module; the MLP of ViT is not entered at all
+    tuned.train()
+    close(check.run(tuned, batch), check.run(tuned, batch))
+    assert not torch.allclose(check.run(tuned, batch), y)   # in training it runs, at 0.04 of its weight
+    tuned.detach()
+    down = find(model, "mlp.down")[0].module
+    down.weight.data.zero_(), down.bias.data.zero_()
+    close(check.run(model, batch), y)
