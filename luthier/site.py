@@ -242,8 +242,8 @@ def find(model, selector):
     """Sites that any word of the selector names, in the order data meets them.
 
     `attn.q` is short for `block.*.attn.q`; towers may be left out; `*` never crosses a dot; `block.0-3.out`, `block.6-.out`,
-    `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty; `-WORD` takes
-    sites away again (`-head` also where a model has none)."""
+    `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty, and
+    `block.6-.linear` is one in some blocks; `-WORD` takes sites away again (`-head` also where a model has none)."""
     every = model if isinstance(model, Sites) else sites(model)
     chosen = set()
     for word in selector.split():
@@ -260,15 +260,21 @@ def find(model, selector):
     return [s for s in every if s in chosen]
 
 
+_BLOCKS = re.compile(r"block\.-?\d+(-(-?\d+)?)?")
+
+
 def _match(every, word):
     if word in every.by_name:
         return {every.by_name[word]}
     tower, _, rest = word.partition(".")
     tower, rest = (tower, rest) if tower in every.towers and rest else (None, word)
     here = [s for s in every if tower in (None, s.tower)]
-    if rest in GROUPS:
+    span, _, group = rest.rpartition(".")
+    if group in GROUPS and (not span or _BLOCKS.fullmatch(span)):
         flat = all(s.block is None for s in every)          # a model without blocks: all of it but the head counts as one
-        return {s for s in here if s.kind == "weight" and GROUPS[rest](replace(s, block=0) if flat and s.role != "head" else s)}
+        return {s for s in here if s.kind == "weight"
+                and GROUPS[group](replace(s, block=0) if flat and s.role != "head" else s)
+                and (not span or s.block is not None and _in_range(span.removeprefix("block."), str(s.block), s.stack.n_blocks))}
     wanted = [rest.split("."), ["block", "*", *rest.split(".")]]
     return {s for s in here for w in wanted if _same(w, s)}
 

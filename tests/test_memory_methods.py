@@ -4,13 +4,15 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
-from luthier import check, tiny
+from luthier import check, cost, tiny
 from luthier.attach import attach
 from luthier.errors import BadChain, DoesNotFit, UnknownName
 from luthier.method import Chain, Method, parse
+from luthier.procedures import layers
 from luthier.procedures.apet import apet as thrown
 from luthier.procedures.density import density
 from luthier.schedule import SCHEDULES, schedule
@@ -262,3 +264,53 @@ def test_adaptive_deft_skips_an_mlp_whose_weight_has_fallen(name):
     down = find(model, "mlp.down")[0].module
     down.weight.data.zero_(), down.bias.data.zero_()
     close(check.run(model, batch), y)
+
+
+# -- Telly ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "t5"])
+def test_telly_freezes_the_bottom_layers_and_nothing_below_them_is_saved(name):
+    model = tiny.build(name)
+    every = {s.name for s in find(model, "all")}
+    for freeze, embed in ((0, False), (1, False), (1, True), (2, False)):
+        tuned = attach(model, f"telly(freeze={freeze}, embed={embed})")
+        trained = {s.name for s in tuned._plan.steps[0].sites}
+        low = {s.name for s in find(model, "all") if s.block is not None and s.block < freeze}
+        assert trained == every - low - ({n for n in every if "embed." in n} if not embed else set())
+        tuned.detach()
+    assert len(find(model, "block.1.linear")) * 2 == len(find(model, "linear"))
+    a, b, c = ({s.name for s in find(model, f"block.{w}.weights")} for w in ("-1", "1-", "0-1"))
+    assert a == b < c
+
+
+def test_telly_spends_less_the_more_it_freezes():
+    model, batch = tiny.build("bert"), tiny.batch("bert")
+    spent, bytes_ = [], []
+    for freeze in (0, 1, 2):
+        tuned = attach(model, f"telly(freeze={freeze})").train()
+        spent.append(sum(p.numel() for _, p in tuned.trainable()))
+        bytes_.append(cost.saved(lambda: tiny.output(tuned, batch), [*tuned.parameters(), *batch.values()]))       # noqa: B023
+        tuned.detach()
+    assert spent[0] > spent[1] > spent[2] and bytes_[0] > 1.5 * bytes_[1] > 3 * bytes_[2]
+
+
+def test_cka_and_rsa_by_hand_and_by_what_they_must_not_see():
+    g = torch.Generator().manual_seed(0)
+    X, Y = torch.randn(20, 6, generator=g).double(), torch.randn(20, 9, generator=g).double()
+    H = torch.eye(20).double() - 1 / 20
+    K, L = H @ X @ X.T @ H, H @ Y @ Y.T @ H                             # the kernel form: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+    assert layers.cka(X, Y) == pytest.approx(float((K * L).sum() / (K.norm() * L.norm())))
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=g).double())[0]
+    assert layers.cka(X, 3 * X @ turn + 1) == pytest.approx(1) and layers.rsa(X, 3 * X @ turn) == pytest.approx(1)
+    cos = [[float(a @ b / (a.norm() * b.norm())) for i, a in enumerate(Z) for b in Z[:i]] for Z in (X, Y)]
+    assert layers.rsa(X, Y) == pytest.approx(float(np.corrcoef(cos)[0, 1]))
+
+
+def test_the_profile_falls_where_a_model_was_changed():
+    model, batches = tiny.build("bert"), [tiny.batch("bert", seed=k) for k in range(6)]
+    other = copy.deepcopy(model)
+    same = layers.profile(model, other, batches)
+    assert all(v == pytest.approx(1) for row in same.values() for v in row.values())
+    find(other, "block.1.mlp.up")[0].parameter.data.normal_()
+    rows = layers.profile(model, other, batches)
+    assert rows["block.0.out"]["cka"] == pytest.approx(1) and rows["block.1.out"]["cka"] < 0.9 and rows["block.1.out"]["rsa"] < 0.9
+    assert "block.1.out" in layers.show(rows) and "cka" in layers.show(rows)
