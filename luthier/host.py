@@ -790,14 +790,14 @@ class Around:
             args, kwargs = tuple(map(self._uncached, args)), {k: self._uncached(v) for k, v in kwargs.items()}
             kwargs |= {"use_cache": False} if kwargs.get("use_cache") else {}
         name = None if args else next(k for k, v in kwargs.items() if torch.is_tensor(v) and v.is_floating_point())
-        x, whole = args[0] if args else kwargs[name], []
+        x, args, whole = args[0] if args else kwargs.pop(name), args[1:], []        # what runs again must not keep x alive
         stack = self.host.run(self.site.stack) if x.dim() == 3 else None
 
         def run(t):
             before = stack.tokens if stack is not None else None
             if stack is not None:
                 stack.tokens = t
-            out = self._base(t.h, *args[1:], **kwargs) if args else self._base(**{**kwargs, name: t.h})
+            out = self._base(t.h, *args, **kwargs) if name is None else self._base(**{**kwargs, name: t.h})
             h = out[0] if isinstance(out, tuple) else out
             whole[:] = [out[1:]] if isinstance(out, tuple) else []
             t = stack.take(h) if stack is not None else replace(t, h=h)
@@ -805,6 +805,10 @@ class Around:
                 stack.tokens = before
             return t
 
+        def trained():
+            given = [v for v in (*args, *kwargs.values()) if torch.is_tensor(v) and v.requires_grad]
+            return [*self._trained(), *given]               # an encoder's states, say
+        run.trained = trained
         for e in self.live:
             run = self._wrapped(e, run)
         t = run(stack.take(x) if stack is not None else Tokens(x))
@@ -812,9 +816,18 @@ class Around:
             stack.tokens = t
         return (t.h, *whole[0]) if whole else t.h
 
-    @staticmethod
-    def _wrapped(e, f):
-        return lambda t: call(e.method, "around", f=f, t=t, p=e.p)
+    def _trained(self):
+        """The parameters that train in this block: what f(t) depends on beside t and the module's other arguments."""
+        at = self.site.stack, self.site.block
+        entries = [e for place in [*self.host.patches.values(), *self.host.ports.values()] for e in place.entries if e.owner.active]
+        found = [q for e in entries if (e.site.stack, e.site.block) == at for q in e.state.parameters() if q.requires_grad]
+        return list(dict.fromkeys(found))
+
+    def _wrapped(self, e, f):
+        def run(t):
+            return call(e.method, "around", f=f, t=t, p=e.p)
+        run.trained = f.trained
+        return run
 
     def _uncached(self, v):
         if not hasattr(v, "get_seq_length"):
