@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from luthier import check, cost, tiny
+from luthier._compat import torchvision
 from luthier.attach import attach
 from luthier.errors import BadChain, DoesNotFit, UnknownName
 from luthier.method import Chain, Method, parse
+from luthier.methods.adapter import _reversible
 from luthier.procedures import layers
 from luthier.procedures.apet import apet as thrown
 from luthier.procedures.density import density
 from luthier.schedule import SCHEDULES, schedule
 from luthier.site import find
 from luthier.train import rate
+
+torchvision()
 
 
 def close(a, b, tol=1e-5):
@@ -314,3 +318,154 @@ def test_the_profile_falls_where_a_model_was_changed():
     rows = layers.profile(model, other, batches)
     assert rows["block.0.out"]["cka"] == pytest.approx(1) and rows["block.1.out"]["cka"] < 0.9 and rows["block.1.out"]["rsa"] < 0.9
     assert "block.1.out" in layers.show(rows) and "cka" in layers.show(rows)
+
+
+# -- MEFT -----------------------------------------------------------------------------------------------------------
+VARIANTS = [(1, 0.1, 1.0), (2, 1.0, 0.1), (3, 0.1, 0.1)]
+
+
+def deep(layers, dropout=0.0, d=32):
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(
+        vocab_size=64, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0))
+
+
+def meft_by_hand(model, tuned, ids, variant, lam, beta):
+    """The authors' loop over BERT's own modules."""
+    state = {p.site_name: p for p in tuned.states.values()}
+
+    def down_up(p, x):
+        return torch.nn.functional.gelu(x @ p.D.T + p.d) @ p.U.T + p.u
+
+    x1 = x2 = model.embeddings(ids)
+    for k, layer in enumerate(model.encoder.layer):
+        def block(h, k=k, layer=layer):
+            a = layer.attention(h)[0]
+            inner = layer.output.dense(layer.intermediate(a)) + down_up(state[f"block.{k}.mlp.out"], a)
+            return layer.output.LayerNorm(inner + a)
+
+        def own(h, k=k):
+            return down_up(state[f"block.{k}.out"], h)
+        F, G = (block, own) if variant == 1 else (own, block)
+        y1 = lam * x1 + F(x2)
+        y2 = beta * x2 + G(y1)
+        x1, x2 = y2, y1
+    return (x1 + x2) / 2
+
+
+@pytest.mark.parametrize("variant, lam, beta", VARIANTS[:2])
+def test_meft_is_the_authors_loop(variant, lam, beta):
+    model, ids = deep(3).eval(), torch.arange(4, 28).view(2, 12)
+    tuned = check.jiggle(attach(model, f"meft(variant={variant}, lam={lam}, beta={beta}, width=4)"))
+    with torch.no_grad():
+        there = tuned(input_ids=ids).last_hidden_state
+        close(there, meft_by_hand(model, tuned, ids, variant, lam, beta))
+
+
+def test_meft_halves_a_pre_norm_block():
+    model, batch = tiny.build("vit"), tiny.batch("vit")
+    tuned = check.jiggle(attach(model, "meft(variant=3, lam=0.2, beta=0.3, width=4)"))
+    state, vit = {p.site_name: p for p in tuned.states.values()}, model.vit
+
+    def down_up(name, x):
+        p = state[name]
+        return torch.nn.functional.gelu(x @ p.D.T + p.d) @ p.U.T + p.u
+    there = check.run(tuned, batch)
+    tuned.active = False
+    with torch.no_grad():
+        x1 = x2 = vit.embeddings(batch["pixel_values"])
+        for k, s in enumerate(find(model, "block.*.out")):
+            layer = s.module
+            parts = {r: next(q for q in find(model, f"block.{k}.{r}")).module for r in ("attn.out", "mlp.out", "attn.norm", "mlp.norm")}
+            seen = []
+            handle = parts["attn.out"].register_forward_hook(lambda m, i, o, seen=seen: seen.append(o))
+            layer(x2), handle.remove()
+            attn = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            y1 = 0.2 * x1 + x2 + attn + down_up(f"block.{k}.attn.out", attn)
+            n = parts["mlp.norm"](y1)
+            y2 = 0.3 * x2 + y1 + parts["mlp.out"](n) + down_up(f"block.{k}.mlp.out", n)
+            x1, x2 = y1, y2
+        close(there, model.classifier(vit.layernorm((x1 + x2) / 2)[:, 0]))
+
+
+@pytest.mark.parametrize("variant, lam, beta", VARIANTS)
+@pytest.mark.parametrize("name", ["llama", "vit", "t5", "bert"])
+def test_meft_gradients_equal_plain_autograd(name, variant, lam, beta):
+    if (name, variant) == ("bert", 3):
+        with pytest.raises(DoesNotFit, match="pre-norm"):
+            attach(tiny.build(name), "meft(variant=3)")
+        return
+    found = []
+    for plain in (0, 1, 99):
+        model, batch = tiny.build(name, torch.float64), tiny.batch(name, torch.float64)
+        tuned = check.jiggle(attach(model, f"lora(rank=2) >> meft(variant={variant}, lam={lam}, beta={beta}, plain={plain})")).train()
+        check.loss(tuned, batch).backward()
+        found.append(torch.cat([p.grad.flatten() for _, p in tuned.trainable()]))
+    close(found[0], found[2], 1e-8)
+    close(found[1], found[2], 1e-8)
+
+
+def test_meft_keeps_the_random_numbers_and_what_others_changed_between_blocks():
+    for chain in ("meft()", "meft() >> houlsby(at='block.*.out')"):
+        found = []
+        for plain in (0, 99):
+            model, ids = deep(3, dropout=0.2).double(), torch.arange(4, 28).view(2, 12)
+            tuned = check.jiggle(attach(model, chain.replace("meft()", f"meft(plain={plain})"))).train()
+            torch.manual_seed(3)
+            tuned(input_ids=ids).last_hidden_state.square().sum().backward()
+            found.append(torch.cat([p.grad.flatten() for _, p in tuned.trainable()]))
+        close(*found, 1e-8)
+
+
+def test_meft_makes_its_inputs_again():
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(16, 16, generator=g).double() / 4 for _ in range(2))
+    x1, x2 = (torch.randn(2, 5, 16, generator=g).double().requires_grad_() for _ in range(2))
+    F, G, lam, beta, seen = (lambda h: torch.tanh(h @ A)), (lambda h: torch.tanh(h @ B)), 0.1, 1.0, []
+
+    def spied(f):
+        def run(h):
+            seen.append(h.detach())
+            return f(h)
+        return run
+    y = x1, x2
+    for k in range(8):
+        y = _reversible.step(spied(F), spied(G), lam, beta, *y, (), k == 7, True)
+    forward, seen[:] = list(seen), []
+    (y[0] * y[1]).sum().backward()
+    gap = max(float((a - b).abs().max()) for a, b in zip(forward, reversed(seen), strict=True))
+    assert len(forward) == 16 and gap < 1e-6
+    grads = [x1.grad, x2.grad]
+    z = x1, x2
+    for _ in range(8):
+        z = _reversible.plain(F, G, lam, beta, *z, True)
+    for a, b in zip(grads, torch.autograd.grad((z[0] * z[1]).sum(), (x1, x2)), strict=True):
+        close(a, b, 1e-8)
+
+
+def test_meft_saves_the_same_bytes_at_any_depth():
+    ids, saved, peak = torch.arange(4, 60).view(2, 28), {}, {}
+    for chain in ("meft()", "meft(plain=99)"):
+        for layers_ in (2, 4, 8):
+            tuned = attach(deep(layers_), chain).train()
+            held = [*tuned.parameters(), *tuned.buffers(), ids]
+            saved.setdefault(chain, []).append(cost.saved(lambda: tuned(input_ids=ids).last_hidden_state, held))       # noqa: B023
+            peak.setdefault(chain, []).append(cost.peak(
+                lambda: tuned(input_ids=ids).last_hidden_state.sum().backward(), held) - cost.nbytes(held))        # noqa: B023
+    assert saved["meft()"][0] == saved["meft()"][1] == saved["meft()"][2] < saved["meft(plain=99)"][0] / 3
+    assert saved["meft(plain=99)"][2] > 3 * saved["meft(plain=99)"][0]
+    assert peak["meft()"][2] < 1.2 * peak["meft()"][0] and peak["meft(plain=99)"][2] > 2.5 * peak["meft(plain=99)"][0]
+
+
+def test_meft_starts_near_the_base():
+    model, ids = deep(4).eval(), torch.arange(4, 28).view(2, 12)
+    with torch.no_grad():
+        base = model(input_ids=ids).last_hidden_state
+        for text in ("lam=0.001, beta=0.001", "lam=0.1, beta=1.0"):
+            tuned = attach(model, f"meft({text})")
+            y = tuned(input_ids=ids).last_hidden_state
+            assert torch.nn.functional.cosine_similarity(y.flatten(1), base.flatten(1)).min() > 0.9
+            tuned.detach()
