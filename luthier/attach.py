@@ -74,7 +74,8 @@ def plan(model, chain):
     for k, m in enumerate(chain):
         name, found, twins, first = type(m).__name__, find(every, m.at), {}, {}
         for s in found:
-            if not m.has(NEEDS[s.kind]) and not (s.kind == "stream" and s.layout == "out" and m.has("around")):
+            if not m.has(NEEDS[s.kind]) and not (
+                    s.kind == "stream" and s.layout == "out" and s.block is not None and m.has("around")):
                 can = [v for v in ("weight", "stream", "around", "attend") if m.has(v)]
                 raise DoesNotFit(f"{name} acts on {' and '.join(can) or 'nothing'}, and {s.name} is a {s.kind} site: "
                                  f"it has no verb for it. Choose other sites with {name}(at=...); `luthier sites` lists them.")

@@ -45,7 +45,7 @@ class Host:
     def add(self, entry):
         s = entry.site
         if s.kind == "stream":
-            self._port(s, entry.method.has("around") and s.layout == "out").entries.append(entry)
+            self._port(s, entry.method.has("around") and s.layout == "out" and s.block is not None).entries.append(entry)
         else:
             self.patch(entry.module).add(entry)
         if s.stack is not None and s.kind != "weight":
@@ -808,7 +808,7 @@ class Around:
         def trained():
             given = [v for v in (*args, *kwargs.values()) if torch.is_tensor(v) and v.requires_grad]
             return [*self._trained(), *given]               # an encoder's states, say
-        run.trained = trained
+        run.trained, run.checkpointed = trained, bool(getattr(self.module, "gradient_checkpointing", False) and self.module.training)
         for e in self.live:
             run = self._wrapped(e, run)
         t = run(stack.take(x) if stack is not None else Tokens(x))
@@ -826,7 +826,7 @@ class Around:
     def _wrapped(self, e, f):
         def run(t):
             return call(e.method, "around", f=f, t=t, p=e.p)
-        run.trained = f.trained
+        run.trained, run.checkpointed = f.trained, f.checkpointed
         return run
 
     def _uncached(self, v):
