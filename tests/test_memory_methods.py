@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from luthier._compat import torchvision
 from luthier.attach import attach
 from luthier.errors import BadChain, DoesNotFit, UnknownName
 from luthier.method import Chain, Method, parse
+from luthier.methods.activation import _lean
 from luthier.methods.adapter import _reversible
 from luthier.procedures import layers
 from luthier.procedures.apet import apet as thrown
@@ -470,3 +472,100 @@ def test_meft_starts_near_the_base():
             y = tuned(input_ids=ids).last_hidden_state
             assert torch.nn.functional.cosine_similarity(y.flatten(1), base.flatten(1)).min() > 0.9
             tuned.detach()
+
+
+# -- S2A ------------------------------------------------------------------------------------------------------------
+def test_four_bits_hold_a_number_within_a_thirtieth_of_its_group():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((3, 5, 7), (2, 128), (1, 1000), (257,)):
+        x = torch.randn(shape, generator=g)
+        p = _lean.Packed(x)
+        back = _lean.Packed.unpack(p.parts(), p.shape, x.dtype)
+        flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 128)).view(-1, 128)
+        step = (flat.amax(1) - flat.amin(1)) / 15
+        gap = torch.nn.functional.pad((back - x).flatten(), (0, -x.numel() % 128)).view(-1, 128).abs().amax(1)
+        assert (gap <= step * 0.51 + 2e-3).all() and back.shape == x.shape
+        assert sum(t.numel() * t.element_size() for t in p.parts()) <= x.numel() // 2 + 68 + x.numel() / 128 * 4
+    two = torch.tensor([0.0, 1.0]).repeat(64)
+    assert torch.equal(_lean.Packed.unpack(_lean.Packed(two).parts(), two.shape, two.dtype), two)      # a relu's derivative, exactly
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "relu", "softmax", "norm", "attention"])
+def test_lean_gradients_are_near_the_exact_ones_and_outputs_equal(name):
+    g = torch.Generator().manual_seed(0)
+    F, w = torch.nn.functional, torch.rand(64, generator=g)
+    ops = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": torch.nn.SiLU(), "relu": F.relu,
+           "softmax": lambda x: F.softmax(x, -1), "norm": lambda x: F.layer_norm(x, (64,), w, w),
+           "attention": lambda x: F.scaled_dot_product_attention(x[:, None], 0.5 * x[:, None], x[:, None] + 1, is_causal=True)}
+    x, d, found = torch.randn(4, 16, 64, generator=g), torch.randn(4, 16, 64, generator=g), []
+    for lean in (False, True):
+        leaf = x.clone().requires_grad_()
+        with _lean.Lean() if lean else nullcontext():
+            y = ops[name](leaf)
+        y.backward(d.view(y.shape))
+        found.append((y.detach(), leaf.grad))
+    (y, exact), (z, ours) = found
+    close(y, z, 1e-6)
+    error = (ours - exact).abs()
+    assert (error.norm() / exact.norm() < 0.15) and (name == "relu") == bool((error == 0).all())
+    if name in ("gelu", "gelu_tanh", "silu"):               # |dx error| <= |dy| · range of f' / 30
+        assert (error <= d.abs() * 1.3 / 30 + 2e-3).all()
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), exact.flatten(), 0) > 0.98
+
+
+def test_lean_layer_norm_trains_its_gain_and_offset_too():
+    x, w = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), torch.ones(32)
+    found = []
+    for lean in (False, True):
+        a, b, leaf = w.clone().requires_grad_(), torch.zeros(32).requires_grad_(), x.clone().requires_grad_()
+        with _lean.Lean() if lean else nullcontext():
+            torch.nn.functional.layer_norm(leaf, (32,), a, b).square().sum().backward()
+        found.append((a.grad, b.grad))
+    close(found[0][1], found[1][1])
+    assert (found[0][0] - found[1][0]).norm() < 0.1 * found[0][0].norm()
+
+
+def test_s2a_parts_can_each_be_switched_off_and_save_threefold():
+    ids, off = torch.arange(4, 60).view(2, 28), dict(bias=False, prompt=0, side=0, bits=0)
+
+    def saved(chain):
+        model = deep(4, d=128)
+        tuned = attach(model, chain).train()
+        held = [*tuned.parameters(), *tuned.buffers(), ids]
+        kept = cost.saved(lambda: tuned(input_ids=ids).last_hidden_state, held)
+        names = {n for p in tuned.states.values() for n, _ in p.named_parameters()}
+        tuned.detach()
+        return kept, names
+
+    def text(**on):
+        return f"s2a({', '.join(f'{k}={v!r}' for k, v in {**off, **on}.items())})"
+    assert saved(text(bias=True))[1] == {"b"} and saved(text(prompt=3))[1] == {"A", "B"} and saved(text(side=4))[1] == {"D", "d", "U"}
+    full, whole, exact = saved("full(at='all -pool')")[0], saved("s2a()")[0], saved("s2a(bits=0)")[0]
+    assert 3 * whole < full and 2 * whole < exact < full
+    assert saved(text(bias=True, bits=4))[0] < saved(text(bias=True))[0] / 3
+    with pytest.raises(BadChain, match="4 bits"):
+        parse("s2a(bits=3)")
+
+
+def test_s2a_by_hand():
+    model, batch = tiny.build("bert"), tiny.batch("bert")
+    tuned = check.jiggle(attach(model, "s2a(prompt=0, bias=False, reduce=4, side=3)"))
+    state = {p.site_name: p for p in tuned.states.values()}
+    there = check.run(tuned, batch)
+    tuned.detach()
+    for s in find(model, "block.*.out"):
+        def side(h, *args, forward=s.module.forward, p=state[s.name], **kwargs):
+            y = forward(h, *args, **kwargs)
+            pooled = h.view(*h.shape[:2], -1, 4).mean(-1)
+            return y + torch.nn.functional.gelu(pooled @ p.D.T + p.d) @ p.U.T
+        s.module.forward = side
+    close(there, check.run(model, batch))
+    model = tiny.build("bert")
+    tuned = check.jiggle(attach(model, "s2a(prompt=0, side=0)"))
+    there = check.run(tuned, batch)
+    biases = {p.site_name: p.b.data for p in tuned.states.values() if hasattr(p, "b")}
+    tuned.detach()
+    assert biases.keys() == {s.name for s in find(model, "linear")}
+    for name, b in biases.items():
+        find(model, name)[0].module.bias.data.add_(b)
+    close(there, check.run(model, batch))
