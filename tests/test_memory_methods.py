@@ -569,3 +569,19 @@ def test_s2a_by_hand():
     for name, b in biases.items():
         find(model, name)[0].module.bias.data.add_(b)
     close(there, check.run(model, batch))
+
+
+def test_lean_dropout_drops_the_same_numbers_both_ways():
+    x = torch.randn(7, 9, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with _lean.Lean():
+        y = torch.nn.functional.dropout(x, 0.3)
+        y.backward(torch.ones_like(y))
+        assert torch.nn.functional.dropout(x, 0.3, training=False) is x
+    kept = y != 0
+    assert 0.55 < kept.float().mean() < 0.85
+    close(y[kept], x[kept] / 0.7)
+    close(x.grad, kept / 0.7)
+    q = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with _lean.Lean():
+        torch.nn.functional.scaled_dot_product_attention(q, q.detach(), torch.eye(8, 16).expand(2, 3, 8, 16), dropout_p=0.5).sum().backward()
+    assert q.grad.isfinite().all() and q.grad.any()

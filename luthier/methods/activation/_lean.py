@@ -1,7 +1,8 @@
 """Backward passes that keep 4 bits a number: what is stored is not the input of an operation but its derivative, rounded.
 
     pointwise   dx = dy · q(f'(x))              layer norm   dx = r (g - mean g - q(x̂) mean(g q(x̂))),  g = γ dy
-    softmax     dx = s (dy - Σ dy s), s = q(s)  attention    its own gradient at q(Q), q(K), q(V)
+    softmax     dx = s (dy - Σ dy s), s = q(s)  attention    its own gradient at q(Q), q(K), q(V), with the same dropout
+    dropout     a bit a number
 
 q rounds to 16 levels between the least and the largest of each 128 numbers: an error of at most a thirtieth of their range.
 """
@@ -94,6 +95,32 @@ class LayerNorm(torch.autograd.Function):
                 d.sum(rows).to(dy.dtype) if ctx.needs_input_grad[3] else None, None)
 
 
+class Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        mask = torch.rand_like(x, dtype=torch.float32) >= p
+        bits = F.pad(mask.view(-1), (0, -mask.numel() % 8)).view(-1, 8) << torch.arange(8, device=x.device)
+        ctx.scale = 0.0 if p == 1 else 1 / (1 - p)
+        ctx.save_for_backward(bits.sum(1).to(torch.uint8))
+        return x * mask * ctx.scale
+
+    @staticmethod
+    def backward(ctx, dy):
+        bits = ctx.saved_tensors[0][:, None] >> torch.arange(8, device=dy.device) & 1
+        return dy * bits.flatten()[:dy.numel()].view(dy.shape) * ctx.scale, None
+
+
+def again(f, device):
+    """f with the same random numbers each time it runs."""
+    seed = int(torch.randint(2**62, ()))
+
+    def run(*args):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return f(*args)
+    return run
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, q, k, v):
@@ -127,8 +154,15 @@ class Lean(TorchFunctionMode):
             return Softmax.apply(lambda x: func(x, *args[1:], **kwargs), x, dim)
         if func is F.layer_norm:
             return LayerNorm.apply(x, *_layer_norm(*args[1:], **kwargs))
-        if func is F.scaled_dot_product_attention and not _dropout(*args, **kwargs):
-            return Attention.apply(lambda q, k, v: func(q, k, v, *args[3:], **kwargs), *args[:3])
+        if func is F.dropout:
+            p, training = _dropout(*args[1:], **kwargs)
+            return Dropout.apply(x, p) if training and p else x
+        if func is F.scaled_dot_product_attention:
+            qkv, rest, p = _attention(*args, **kwargs)
+            if not any(torch.is_tensor(v) and v.requires_grad for v in rest):
+                def attend(q, k, v):
+                    return func(q, k, v, *rest[:3], **rest[3])
+                return Attention.apply(again(attend, x.device) if p else attend, *qkv)
         return func(*args, **kwargs)
 
 
@@ -136,5 +170,9 @@ def _layer_norm(normalized_shape, weight=None, bias=None, eps=1e-5):
     return tuple(normalized_shape), weight, bias, eps
 
 
-def _dropout(query, key=None, value=None, attn_mask=None, dropout_p=0.0, *rest, **more):
-    return dropout_p or key is None or value is None or torch.is_tensor(attn_mask) and attn_mask.requires_grad
+def _dropout(p=0.5, training=True, inplace=False):
+    return p, training
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
+    return (query, key, value), (attn_mask, dropout_p, is_causal, more), dropout_p

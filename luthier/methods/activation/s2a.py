@@ -1,5 +1,5 @@
-"""Modules where training them stores little, and 4-bit activations for what has no parameters.    S2A: A Unified Framework for Parameter and
-Memory Efficient Transfer Learning, 2025. arXiv:2503.08154. Three parts of structure, one of activations; each is off at False or 0:
+"""Modules where training them stores little, and 4-bit activations for what has no parameters.
+S2A: A Unified Framework for Parameter and Memory Efficient Transfer Learning, 2025. arXiv:2503.08154. Each part is off at False or 0:
     bias     y + b behind every linear and convolution: its gradient needs no activation, and a frozen linear stores none
     prompt   `prompt` tokens P = A B of rank r in front: (n, r), (r, D)
     side     h' = block(h) + U gelu(D pool(h)): pool averages runs of `reduce` channels, so that a reduce-th of h is stored
