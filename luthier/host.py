@@ -747,7 +747,7 @@ def _bottom(top):
 
 
 class Around:
-    """Stands in the forward of a module with a stream in and out: the entries' `around(f, t, p)` decide when, and on what, it runs.
+    """Stands in the forward of a module with a stream in and out: the entries' `around(f, t, p)` decide when and on what it runs.
     The first of a chain is the innermost. Other wrappers of the same forward (a Patch) may come and go below and above it."""
 
     def __init__(self, host, site):
@@ -808,7 +808,8 @@ class Around:
         def trained():
             given = [v for v in (*args, *kwargs.values()) if torch.is_tensor(v) and v.requires_grad]
             return [*self._trained(), *given]               # an encoder's states, say
-        run.trained, run.checkpointed = trained, bool(getattr(self.module, "gradient_checkpointing", False) and self.module.training)
+        run.trained = trained
+        run.checkpointed = self.module.training and bool(getattr(self.module, "gradient_checkpointing", False))
         for e in self.live:
             run = self._wrapped(e, run)
         t = run(stack.take(x) if stack is not None else Tokens(x))
@@ -819,9 +820,9 @@ class Around:
     def _trained(self):
         """The parameters that train in this block: what f(t) depends on beside t and the module's other arguments."""
         at = self.site.stack, self.site.block
-        entries = [e for place in [*self.host.patches.values(), *self.host.ports.values()] for e in place.entries if e.owner.active]
-        found = [q for e in entries if (e.site.stack, e.site.block) == at for q in e.state.parameters() if q.requires_grad]
-        return list(dict.fromkeys(found))
+        places = [*self.host.patches.values(), *self.host.ports.values()]
+        here = [e for place in places for e in place.entries if e.owner.active and (e.site.stack, e.site.block) == at]
+        return list(dict.fromkeys(q for e in here for q in e.state.parameters() if q.requires_grad))
 
     def _wrapped(self, e, f):
         def run(t):
@@ -833,6 +834,6 @@ class Around:
         if not hasattr(v, "get_seq_length"):
             return v
         if v.get_seq_length():
-            raise DoesNotFit(f"{type(self.live[0].method).__name__} runs {self.site.name} itself, with gradients and a KV cache that "
-                             "is not empty. Use torch.no_grad(), or start without a cache.")
+            raise DoesNotFit(f"{type(self.live[0].method).__name__} runs {self.site.name} itself, with gradients and a KV cache "
+                             "that is not empty. Use torch.no_grad(), or start without a cache.")
         return None

@@ -12,8 +12,8 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
     worth(n, d_in, d_out)    whether fast() is cheaper than weight() for n tokens; without this verb it always is
     stream(t, p)             change of a token stream, Tokens -> Tokens
-    around(f, t, p)          a module with a stream in and out (a block, an MLP): f(t) runs it, Tokens -> Tokens; may run it twice,
-                             on another stream, again in the backward pass, or not at all. f.trained(): what its gradient goes to
+    around(f, t, p)          a module with a stream in and out (a block, an MLP): f(t) runs it, Tokens -> Tokens; may run it
+                             twice, on another stream, in the backward pass, or not at all. f.trained(): what its gradient goes to
     attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
     loss(run)                extra training term
     step(run)                schedule, after every optimizer step while the gradients are still there

@@ -1,7 +1,7 @@
 """Learning-rate schedules as text: `linear`, `cosine(floor=0.1)`, `step(at=(0.5, 0.75), by=0.1)`, `uba(phi=5)`.
 
-A schedule is a pure function of x, the share of the step budget that is spent after warmup: 1 at x = 0, 0 at x = 1 (`constant` and
-`step` excepted). `floor`, which each of them takes, is the share of the rate that the end keeps: floor + (1 - floor) f(x).
+A schedule is a pure function of x, the share of the step budget that is spent after warmup: 1 at x = 0, 0 at x = 1 (but
+`constant` and `step`). `floor`, which each of them takes, is the share of the rate that the end keeps: floor + (1 - floor) f(x).
 """
 
 import ast
@@ -31,7 +31,7 @@ def step(x, at=(0.5, 0.75), by=0.1):
 
 def uba(x, phi):
     """Unified budget-aware: 2c / (2φ + (2 - φ) c), c = 1 + cos πx. Tang et al., Stepsize anything, 2025. arXiv:2505.24452 §3.
-    φ = 2 is the cosine; a smaller φ keeps the rate high for longer, a larger one (a worse condition number) lets it fall early."""
+    φ = 2 is the cosine; a smaller φ keeps the rate high for longer, a larger one (a worse condition number) lets it fall."""
     c = 1 + math.cos(math.pi * x)
     return 2 * c / (2 * phi + (2 - phi) * c)
 

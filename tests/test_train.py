@@ -269,7 +269,8 @@ def test_old_runs_are_not_overwritten_or_mixed(tmp_path):
 
 BAD = [dict(lr=0), dict(lr=float("nan")), dict(lr=-1), dict(lr="fast"), dict(batch_size=0), dict(epochs=0), dict(epochs=-1),
        dict(steps=-3),
-       dict(epochs=float("inf")), dict(clip=0), dict(warmup=2), dict(schedule="cosin"), dict(schedule="uba"), dict(schedule="uba(phi=0)"), dict(schedule="__import__"), dict(precision="int3"),
+       dict(epochs=float("inf")), dict(clip=0), dict(warmup=2), dict(schedule="cosin"),
+       dict(schedule="uba"), dict(schedule="uba(phi=0)"), dict(schedule="__import__"), dict(precision="int3"),
        dict(log="wandb"),
        dict(every=-1), dict(resume=True)]
 

@@ -1,7 +1,8 @@
-"""Freezing the bottom layers of MiniLM, and what full tuning changes in each layer, on TREC. Shi et al., Telly, 2023, arXiv:2304.05216.
+"""Freezing the bottom layers of MiniLM, and what full tuning changes in each layer, on TREC. Shi et al., Telly, 2023,
+arXiv:2304.05216.
 
-The paper's encoders were pretrained on code, of which none is to be had here; MiniLM and question types stand in for them. Costs are
-counted, not timed: trained numbers, and FLOPs of a training step (forward and backward).
+The paper's encoders were pretrained on code, of which none is to be had here; MiniLM and question types stand in for them.
+Costs are counted, not timed: trained numbers, and FLOPs of a training step (forward and backward).
 """
 
 import torch
@@ -56,8 +57,8 @@ def verdict(figures):
     frozen = max(1 - v for k in range(3) for v in per[f"telly.cka.{k}"])
     spent, work = f["trained_parameters"], f["flops"]
     return judge(
-        [fact(min(v[-2:]) > max(v[:-2]), f"1 - {kind.upper()} after full tuning, bottom to top: {' '.join(f'{x:.3f}' for x in v)}; the "
-              "top two needed above the rest") for kind, v in change.items()]
+        [fact(min(v[-2:]) > max(v[:-2]), f"1 - {kind.upper()} after full tuning, upwards: {' '.join(f'{x:.3f}' for x in v)}; "
+              "the top two needed above the rest") for kind, v in change.items()]
         + [not_below(figures, "telly", "full", 0.01, "accuracy with the bottom half frozen within 1 point of full tuning")],
         [fact(spent["telly"] < 0.6 * spent["full"], f"trained numbers: {spent}, needed below 60%"),
          fact(work["telly"] < 0.8 * work["full"], f"FLOPs of a training step: {work}, needed below 80%"),

@@ -1,9 +1,10 @@
 """Arbitrary positions against designed modules at three depths of MiniLM, on TREC. Su et al., EMNLP 2023, arXiv:2306.02320.
 
-Pretrained sizes of one family that fit into minutes are not to be had: the sizes are MiniLM's first 2, 4 and 6 layers. At each size
-LoRA, adapter and prefix train about 12,288 numbers a layer (which their widths allow only nearly), and so do as many numbers at
-random places, and modules thrown at random sites. Spread is the largest minus the smallest mean accuracy of these five arms. The
-head trains in all of them; for the least count above chance it stays random, and only the count at random places trains.
+Pretrained sizes of one family that fit into minutes are not to be had: the sizes are MiniLM's first 2, 4 and 6 layers. At
+each size LoRA, adapter and prefix train about 12,288 numbers a layer (which their widths allow only nearly), and so do as
+many numbers at random places, and modules thrown at random sites. Spread is the largest minus the smallest mean accuracy of
+these five arms. The head trains in all of them; for the least count above chance it stays random, and only the count at
+random places trains.
 """
 
 from luthier import zoo
@@ -11,7 +12,7 @@ from luthier.evidence import _bench, fact, judge, not_below
 from luthier.procedures.apet import apet
 
 SYSTEM, METHODS, SEEDS, MINUTES = "B064", ("apet", "lora", "houlsby", "prefix"), (0, 1, 2), 15
-CLAIM = "Any number of numbers at arbitrary places does as well as designed modules of the same count, the more so the larger the model"
+CLAIM = "As many numbers at arbitrary places do as well as designed modules, the more so the larger the model"
 BASELINE = "lora, houlsby and prefix with as many trained numbers; chance (the commonest class) for the least count"
 MODEL, DATA = "minilm cut to its first 2, 4 and 6 layers", "TREC question types: 300 train, 100 validation, 250 test rows"
 LAYERS, COUNT, STEPS, BATCH, COUNTS = (2, 4, 6), 12288, 30, 16, (64, 1024, 16384)
@@ -68,4 +69,5 @@ def verdict(figures):
            for k in (large,) for other in ("lora", "houlsby", "prefix")),
          fact(all(f["least"].values()) and f["least"][large] <= f["least"][small],
               f"least count at random places above chance ({f['chance']:.3f}): {f['least']}")],
-        [fact(off < 0.15, f"trained numbers without heads: within {off:.1%} of each other, needed 15% (thrown: whole units, at most): {spent}")])
+        [fact(off < 0.15, f"trained numbers without heads: within {off:.1%} of each other, needed 15% "
+              f"(thrown: whole units, at most): {spent}")])

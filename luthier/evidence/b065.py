@@ -60,7 +60,8 @@ def formula_gap(task):
 
 def run(seeds):
     task = with_relu(_bench.task("trec", "minilm", train=300, val=100, test=250))
-    per_seed, facts = _bench.arms(task, ARMS, seeds, STEPS, BATCH, after=lambda name, seed, tuned: {"density": fires(tuned, task)})
+    per_seed, facts = _bench.arms(task, ARMS, seeds, STEPS, BATCH,
+                                   after=lambda name, seed, tuned: {"density": fires(tuned, task)})
     for name, chain in ARMS.items():
         for seed in seeds:
             tuned = on_8_bits(task, chain, seed, facts["learning_rate"][name])

@@ -1,7 +1,7 @@
 """Lean modules and 4-bit activations on MiniLM and TREC. S2A, 2025, arXiv:2503.08154.
 
-The error of a quantised gradient is measured where it can be said what it should be: of each operation by itself on numbers from a
-Gaussian, against its bound (a thirtieth of the derivative's range, times |dy|), and of the whole model against bits=0.
+The error of a quantised gradient is measured where it can be said what it should be: of each operation by itself on numbers from
+a Gaussian, against its bound (a thirtieth of the derivative's range, times |dy|), and of the whole model against bits=0.
 """
 
 import torch
@@ -70,5 +70,5 @@ def verdict(figures):
          not_below(figures, "s2a", "exact", 0.01, "accuracy within 1 point of exact activations")],
         [fact(max(f["worst"].values()) <= 1.05, "worst error of an operation's gradient over its bound: " + ", ".join(
             f"{n} {v:.2f}" for n, v in f["worst"].items()) + ", needed 1.05 or less"),
-         fact(f["cosine"] > 0.9, f"the whole model's gradient and the exact one: cosine {f['cosine']:.3f}, needed above 0.9; relative "
-              f"error {f['gradient_error']:.3f}")])
+         fact(f["cosine"] > 0.9, f"the whole model's gradient and the exact one: cosine {f['cosine']:.3f}, needed above 0.9; "
+              f"relative error {f['gradient_error']:.3f}")])

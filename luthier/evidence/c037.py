@@ -1,8 +1,8 @@
 """The budget-aware schedule UBA on a ResNet trained from scratch and a small Llama tuned on raw text, at three step budgets.
 Tang et al., Stepsize anything, 2025, arXiv:2505.24452.
 
-Each schedule may choose one of three shapes (UBA its φ, cosine and linear the floor they end at, step its drops) and climbs the same
-grid of learning rates with each, on a seed of its own and the validation split: the same number of runs for every schedule. Scores
+Each schedule may choose one of three shapes (UBA its φ, cosine and linear the floor they end at, step its drops) and climbs the
+same grid of learning rates with each, on a seed of its own and the validation split: the same effort for every schedule. Scores
 are accuracy on test digits and minus the test loss per token.
 """
 
@@ -20,7 +20,8 @@ from luthier.train import rate
 SYSTEM, METHODS, SEEDS, MINUTES = "C037", (), (0, 1, 2), 10
 CLAIM = "phi = 2 is the cosine and both ends are exact; with phi picked on validation no worse than cosine, linear and step"
 BASELINE = "cosine, linear and step schedules with as many shapes and the same search for a learning rate"
-MODEL, DATA = "ResNet of two stages from scratch; stories260k (a Llama of 0.26M)", "scikit-learn's digits; TREC questions as raw text"
+MODEL = "ResNet of two stages from scratch; stories260k (a Llama of 0.26M)"
+DATA = "scikit-learn's digits; TREC questions as raw text"
 BUDGETS, SHARES = {"digits": 160, "text": 48}, (0.25, 0.5, 1.0)
 FLOORS = ("floor=0.0", "floor=0.05", "floor=0.2")
 SHAPES = {"uba": [f"uba(phi={phi})" for phi in (0.5, 1, 5)], "cosine": [f"cosine({f})" for f in FLOORS],
@@ -138,7 +139,8 @@ def run(seeds):
 def verdict(figures):
     f = figures["facts"]
     return judge(
-        [not_below(figures, f"{kind}.uba", f"{kind}.{other}", what=f"{kind}, mean over budgets of {f['budgets'][kind]} steps: UBA and {other}")
+        [not_below(figures, f"{kind}.uba", f"{kind}.{other}",
+                   what=f"{kind}, mean over budgets of {f['budgets'][kind]} steps: UBA and {other}")
          for kind in ("digits", "text") for other in ("cosine", "linear", "step")],
         [fact(f["cosine_gap"] < 1e-12, f"phi = 2 and the cosine: largest difference {f['cosine_gap']:.1e}"),
          fact(f["end_gap"] < 1e-12, f"first and last rate off by {f['end_gap']:.1e}")])

@@ -1,5 +1,5 @@
 """Tuning modules thrown at random sites until a count is spent: the other reading of "arbitrary positions".
-Su et al., 2023. arXiv:2306.02320 §3.2 and the authors' code: half of the count goes to modules (a LoRA pair, an adapter, ... of one
+Su et al., 2023. arXiv:2306.02320 §3.2 and the authors' code: half of the count goes to modules (a LoRA pair, an adapter of one
 site are one unit), half to tensors of the model itself; units are shuffled, and each that still fits is taken.
 """
 

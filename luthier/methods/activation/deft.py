@@ -3,7 +3,7 @@ Runwal et al., From PEFT to DEFT, 2024. arXiv:2402.01911 §3: a soft count of no
 encoder and a decoder the two means are summed. λ = 1, ε = 1e-7 as in the authors' code. Nothing here trains unless `adaptive`.
 
 `adaptive=True` (ADA-DEFT): each MLP's output is multiplied by a trained a (1 at init), the layer's term by |a|, and an MLP with
-|a| < `skip` is not run at inference. The paper learns layer weights and skips by them; that this product is its form is unchecked.
+|a| < `skip` is not run at inference. The paper learns layer weights and skips by them; that they are this product is unchecked.
 """
 
 import torch
@@ -43,8 +43,8 @@ class deft(Method):
         for name, p in run.states.items():
             if run.sites[name].role == "mlp.act":
                 if "density" not in p.noted:
-                    raise DoesNotFit(f"deft saw no activation at {name} in this training forward: the model did not run there, or ran "
-                                     "without gradients. Call the model in train mode first, and leave out what runs blocks itself.")
+                    raise DoesNotFit(f"deft saw no activation at {name} in this forward: the model did not run there, or without "
+                                     "gradients. Call the model in train mode first, and leave out what runs blocks itself.")
                 gate = run.states.get(name.replace("mlp.act", "mlp.out"))
                 term = p.noted["density"] * (1 if gate is None else gate.a.abs())
                 towers.setdefault(run.sites[name].tower, []).append(term.sum())

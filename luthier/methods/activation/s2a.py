@@ -1,5 +1,5 @@
 """Modules where training them stores little, and 4-bit activations for what has no parameters.
-S2A: A Unified Framework for Parameter and Memory Efficient Transfer Learning, 2025. arXiv:2503.08154. Each part is off at False or 0:
+S2A: A Unified Framework for Parameter and Memory Efficient Transfer Learning, 2025. arXiv:2503.08154. Off at False or 0:
     bias     y + b behind every linear and convolution: its gradient needs no activation, and a frozen linear stores none
     prompt   `prompt` tokens P = A B of rank r in front: (n, r), (r, D)
     side     h' = block(h) + U gelu(D pool(h)): pool averages runs of `reduce` channels, so that a reduce-th of h is stored
@@ -43,8 +43,8 @@ class s2a(Method):
             return dict(A=site.normal(self.prompt, self.rank), B=site.normal(self.rank, site.d_out, std=0.1)) if fits else None
         if not self.side or "attn" not in site.peers or site.d_out % self.reduce:
             return {}
-        return dict(D=site.normal(self.side, site.d_out // self.reduce, std=(site.d_out // self.reduce)**-0.5), d=site.zeros(self.side),
-                    U=site.zeros(site.d_out, self.side))
+        few = site.d_out // self.reduce
+        return dict(D=site.normal(self.side, few, std=few**-0.5), d=site.zeros(self.side), U=site.zeros(site.d_out, self.side))
 
     def weight(self, W, p, b):             # (d_out, d_in), (d_out,)
         return W, b + p.b

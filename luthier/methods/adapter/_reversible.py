@@ -3,7 +3,7 @@
     x2 = (y2 - G(y1)) / β,    x1 = (y1 - F(x2)) / λ
 
 A run of such blocks keeps what its last one puts out, and nothing else: each block hands what it made again to the one before it,
-which knows that the next one took its outputs unchanged because they carry its cell. Outputs that were changed on the way are kept.
+which knows that the next one took its outputs unchanged as they carry its cell. Outputs that were changed on the way are kept.
 """
 
 import torch

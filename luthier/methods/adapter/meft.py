@@ -1,9 +1,9 @@
 """A pretrained model made reversible by adapters.    y1 = λ x1 + F(x2),  y2 = β x2 + G(y1),    h' = (y1 + y2) / 2 behind the last
-Liao et al., Make Pre-trained Model Reversible (MEFT), NeurIPS 2023. arXiv:2306.00477 §3 and the authors' code. x1 = x2 = h at first.
+Liao et al., Make Pre-trained Model Reversible (MEFT), NeurIPS 2023. arXiv:2306.00477 §3, the authors' code. First x1 = x2 = h.
     variant 1   F = the frozen block, G = an adapter, streams swap: (x1, x2) = (y2, y1);   λ = 0.1, β = 1
     variant 2   F = an adapter, G = the frozen block, streams swap;   λ = 1, β = 0.1
     variant 3   F = the attention half, G = the MLP half of a pre-norm block, no swap;   λ = β = 0.1
-In all of them an adapter U gelu(D x + d) + u, D and U ~ N(0, σ²), σ = 0.02, stands beside the MLP, in 3 also behind the attention.
+In all of them an adapter U gelu(D x + d) + u, D and U ~ N(0, σ²), σ = 0.02, is beside the MLP, in 3 also behind the attention.
 Near the base at init, not equal to it: λ and β are what makes it invertible. `plain` top blocks cache activations as ever.
 """
 
@@ -36,7 +36,7 @@ class meft(Method):
             return None
         if site.role == "out" and self.variant == 3:
             if site.peers.get("mid", site).layout not in ("mid", "in"):
-                raise DoesNotFit(f"meft(variant=3) runs the attention and the MLP of a block by themselves, and those of {site.name} are "
+                raise DoesNotFit(f"meft(variant=3) runs a block's attention and MLP by themselves, and those of {site.name} are "
                                  "not two pre-norm halves. Use variant=1 or 2.")
             return dict(top=site.stack.n_blocks - 1 - site.block)
         D, U = site.normal(self.width, site.d_out, std=self.std), site.normal(site.d_out, self.width, std=self.std)

@@ -1,6 +1,7 @@
 """Full fine-tuning above the bottom K layers: K layers and the embeddings stay frozen, and the backward pass ends above them.
-Shi et al., Towards Efficient Fine-tuning of Pre-trained Code Models (Telly-K), 2023. arXiv:2304.05216 §5: fine-tuning changes mostly
-the top two layers of an encoder. luthier.procedures.layers shows by how much, for any two models. `embed=True` tunes the embeddings.
+Shi et al., Towards Efficient Fine-tuning of Pre-trained Code Models (Telly-K), 2023. arXiv:2304.05216 §5: fine-tuning changes
+mostly the top two layers of an encoder. luthier.procedures.layers shows by how much, for any two models. `embed=True` tunes the
+embeddings too.
 """
 
 from luthier.method import recipe

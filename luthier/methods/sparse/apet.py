@@ -2,7 +2,7 @@
 v = 0 at init. Su et al., Exploring the Impact of Model Scaling on Parameter-Efficient Tuning, 2023. arXiv:2306.02320 §3.2: a
 tunable module is any number of parameters anywhere. The places follow from the seed; an entry costs 8 bytes in single precision.
 
-luthier.procedures.apet puts whole modules (LoRA, adapters, prompts) and whole tensors at random sites instead, as the authors' code.
+luthier.procedures.apet puts whole modules (LoRA, adapters, ...) and whole tensors at random sites, as the authors' code does.
 """
 
 import torch
@@ -35,7 +35,7 @@ class apet(Method):
             kept = torch.cat([kept, new], 1)
             kept = kept[:, kept[0].topk(min(self.count, kept.shape[1])).indices]
         found = {s.name: kept[2, kept[1] == i].long().sort().values for i, s in enumerate(sites)}
-        small = max(sizes) < 2**31
-        return {s.name: found[s.name].to(s.like.device, torch.int32 if small else torch.int64) for s in sites if len(found[s.name])}
+        kind = torch.int32 if max(sizes) < 2**31 else torch.int64
+        return {s.name: found[s.name].to(s.like.device, kind) for s in sites if len(found[s.name])}
 
     weight, fast = sparse.weight, sparse.fast
