@@ -478,6 +478,13 @@ def test_meft_starts_near_the_base():
             tuned.detach()
 
 
+def test_a_term_on_activations_that_a_reversible_block_would_lose_is_refused():
+    tuned = attach(tiny.build("bert"), parse("deft() >> meft()")).train()
+    tuned(**tiny.batch("bert"))
+    with pytest.raises(DoesNotFit, match="saw no activation"):
+        tuned.penalty()
+
+
 # -- S2A ------------------------------------------------------------------------------------------------------------
 def test_four_bits_hold_a_number_within_a_thirtieth_of_its_group():
     g = torch.Generator().manual_seed(0)
