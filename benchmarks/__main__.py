@@ -14,27 +14,30 @@ from pathlib import Path
 
 import torch
 
-from . import inference, training, weights
+from . import inference, rack, training, weights
 
 HERE = Path(__file__).parent
 ALL = {"step": training.step, "activations": training.activations, "ladder": training.ladder, "unmerged": inference.unmerged,
-       "attaching": inference.attaching, "tokens": inference.merged_tokens, "gptq": weights.quantise, "merge": weights.merge}
+       "attaching": inference.attaching, "tokens": inference.merged_tokens, "gptq": weights.quantise, "mixed": rack.mixes,
+       "loading": rack.traffic, "merge": weights.merge}
 
 
 def machine():
-    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine(), "torch": torch.__version__,
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine(),
+            "torch": torch.__version__,
             "bf16 products": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "peft": version("peft")}
 
 
 def page(results):
     """docs/benchmarks.md as text, from the stored results and nothing else."""
-    lines = ["# Benchmarks", "", "`make bench` runs them all again. Every figure is a ratio of two contenders that took turns in one "
-             "process (or a count of bytes); the spread is between quartiles. Made by `python -m benchmarks`; not edited by hand.", ""]
+    lines = ["# Benchmarks", "", "`make bench` runs them all again. Every figure is a ratio of two contenders that took turns",
+             "in one process (or a count of bytes); the spread is between quartiles. Made by `python -m benchmarks`.", ""]
     for name, r in sorted(results.items()):
         m = r["machine"]
         lines += [f"## {name}", "", f"{m['cores']} cores, {m['threads']} threads, {m['device']}, torch {m['torch']}, "
-                  f"peft {m['peft']}.", "", "| what | Luthier | quartiles | peer | must be at most | |", "|---|---|---|---|---|---|"]
+                  f"peft {m['peft']}.", "", "| what | Luthier | quartiles | peer | must be at most | |",
+                  "|---|---|---|---|---|---|"]
         for x in r["rows"]:
             spread = f"{x['low']:.3g} to {x['high']:.3g}" if x["low"] is not None else ""
             peer = "" if x["peer"] is None else f"{x['peer']:.3g}"

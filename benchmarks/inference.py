@@ -25,7 +25,8 @@ def unmerged(rounds=31, name="smollm2-135m", rank=8):
             with torch.no_grad():
                 model(input_ids=batch, use_cache=True)
         times = clock({"base": lambda: run(base), "luthier": lambda: run(ours), "peft": lambda: run(peer)}, n)       # noqa: B023
-        found.append(timed(f"unmerged LoRA r{rank} over the base: {name}, {rows} x {tokens}", times, "luthier", "base", 1.10, "peft"))
+        what = f"unmerged LoRA r{rank} over the base: {name}, {rows} x {tokens}"
+        found.append(timed(what, times, "luthier", "base", 1.10, "peft"))
     return found
 
 
@@ -62,4 +63,5 @@ def merged_tokens(rounds=7, rows=32, size=224):
         with torch.no_grad():
             model(pixel_values=image)
     times = clock({"base": lambda: run(base), "luthier": lambda: run(tuned)}, rounds)
-    return [timed(f"pitome at {best[2]:.0%} of the FLOPs over the base: dinov2-s, {rows} x {size} px", times, "luthier", "base", 0.65)]
+    what = f"pitome at {best[2]:.0%} of the FLOPs over the base: dinov2-s, {rows} x {size} px"
+    return [timed(what, times, "luthier", "base", 0.65)]

@@ -1,13 +1,5 @@
-"""The rack against peft's mixed batches and load_adapter, in one process, turn by turn.
+"""The rack against peft's mixed batches and load_adapter, in one process, turn by turn."""
 
-Every function returns a dict of plain numbers: seconds as medians with their spread, and the ratios that are judged.
-
-    python benchmarks/rack.py [--small] [--out FILE.json]
-"""
-
-import argparse
-import itertools
-import json
 import shutil
 import statistics
 import tempfile
@@ -17,28 +9,13 @@ from pathlib import Path
 import torch
 
 import luthier
-from luthier._compat import torchvision
 
-torchvision()
+from .common import clock as turns
+from .common import ids, llama, row
 
 CHAINS = {"lora": "lora(rank=8, at='linear')", "dora": "dora(rank=8, at='linear')", "ia3": "ia3()",
           "ssf": "ssf(at='linear norm')", "randlora": "randlora(at='linear')", "houlsby": "houlsby()", "prefix": "prefix()"}
-FULL = dict(width=512, layers=6, heads=8, vocab=4096)
-SMALL = dict(width=64, layers=2, heads=4, vocab=128)
-
-
-def llama(width, layers, heads, vocab):
-    """A Llama shape with random weights; the same weights each time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=width * 8 // 3 // 16 * 16,
-                                        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-                                        pad_token_id=0, bos_token_id=1, eos_token_id=None)).eval()
-
-
-def ids(rows, tokens, vocab):
-    return torch.randint(2, vocab, (rows, tokens), generator=torch.Generator().manual_seed(1))
+FULL = dict(width=512, layers=6, vocab=4096)
 
 
 def shaken(named, k):
@@ -50,7 +27,7 @@ def shaken(named, k):
 
 def folders(chain, n, root, shape):
     """n tuned states of a chain, as save() writes them."""
-    model, made = llama(**shape), []
+    model, made = llama(**shape).eval(), []
     tuned = luthier.attach(model, chain)
     for k in range(n):
         shaken(tuned.trainable(), k)
@@ -59,17 +36,8 @@ def folders(chain, n, root, shape):
 
 
 def clock(contenders, rounds):
-    """{name: function} -> {name: {"median", "low", "high"}} in seconds; each round runs all of them, in a new order."""
-    times = {name: [] for name in contenders}
-    for fn in contenders.values():
-        fn()
-    orders = itertools.cycle(itertools.permutations(contenders))
-    for _ in range(rounds):
-        for name in next(orders):
-            start = time.perf_counter()
-            contenders[name]()
-            times[name].append(time.perf_counter() - start)
-    return {name: summary(t) for name, t in times.items()}
+    """{name: function} -> {name: {"median", "low", "high"}} in seconds."""
+    return {name: summary(t) for name, t in turns(contenders, rounds).items()}
 
 
 def summary(t):
@@ -80,12 +48,12 @@ def summary(t):
 def mixed(method, rows=16, tokens=128, rounds=7, shape=FULL):
     """One forward of `rows` rows of different adapters over one of a single adapter: by the rack, and by that adapter alone."""
     with tempfile.TemporaryDirectory() as root:
-        model, made = llama(**shape), folders(CHAINS[method], rows, root, shape)
+        model, made = llama(**shape).eval(), folders(CHAINS[method], rows, root, shape)
         rack = luthier.Rack(model, "16GB")
         for k, f in enumerate(made):
             rack.load(f"a{k}", f)
         batch, every, one = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k}" for k in range(rows)], ["a0"] * rows
-        alone = luthier.load(llama(**shape), made[0])
+        alone = luthier.load(llama(**shape).eval(), made[0])
         with torch.no_grad():
             got = clock({"mixed": lambda: rack(batch, names=every), "one": lambda: rack(batch, names=one),
                          "attached": lambda: alone(**batch), "base": lambda: rack(batch, names=[None] * rows)}, rounds)
@@ -96,13 +64,13 @@ def mixed(method, rows=16, tokens=128, rounds=7, shape=FULL):
 def decode(method, rows=16, new=32, rounds=5, shape=FULL):
     """The same in generation with a KV cache, 8 tokens of prompt and `new` more."""
     with tempfile.TemporaryDirectory() as root:
-        model, made = llama(**shape), folders(CHAINS[method], rows, root, shape)
+        model, made = llama(**shape).eval(), folders(CHAINS[method], rows, root, shape)
         rack = luthier.Rack(model, "16GB")
         for k, f in enumerate(made):
             rack.load(f"a{k}", f)
         given = dict(input_ids=ids(rows, 8, shape["vocab"]), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                      pad_token_id=0)
-        alone = luthier.load(llama(**shape), made[0])
+        alone = luthier.load(llama(**shape).eval(), made[0])
         got = clock({"mixed": lambda: rack.generate(names=[f"a{k}" for k in range(rows)], **given),
                      "one": lambda: rack.generate(names=["a0"] * rows, **given),
                      "attached": lambda: alone.generate(**given)}, rounds)
@@ -117,7 +85,7 @@ def loads(n=40, method="lora", shape=FULL):
         made = [first]
         for k in range(1, min(n, 40)):
             made.append(shutil.copytree(first, Path(root) / f"copy{k}"))
-        rack, each = luthier.Rack(llama(**shape), "16GB"), []
+        rack, each = luthier.Rack(llama(**shape).eval(), "16GB"), []
         for k in range(n):
             start = time.perf_counter()
             rack.load(f"a{k}", made[k % len(made)])
@@ -129,7 +97,7 @@ def loads(n=40, method="lora", shape=FULL):
 def switching(n=20, method="lora", rounds=50, shape=FULL):
     """Milliseconds to hand the base from one adapter in memory to another."""
     with tempfile.TemporaryDirectory() as root:
-        rack = luthier.Rack(llama(**shape), "16GB")
+        rack = luthier.Rack(llama(**shape).eval(), "16GB")
         for k, f in enumerate(folders(CHAINS[method], n, root, shape)):
             rack.load(f"a{k}", f)
         for name in rack.names:                            # all in memory
@@ -147,7 +115,7 @@ def peft_folders(n, root, shape, dora=False):
     import peft
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=dora)
-    model, made = peft.get_peft_model(llama(**shape), config), []
+    model, made = peft.get_peft_model(llama(**shape).eval(), config), []
     for k in range(n):
         shaken([(m, p) for m, p in model.named_parameters() if p.requires_grad], k)
         model.save_pretrained(Path(root) / f"peft{k}")
@@ -161,9 +129,9 @@ def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
 
     with tempfile.TemporaryDirectory() as root:
         theirs, each, ours_each = peft_folders(n, root, shape), [], []
-        model = peft.PeftModel.from_pretrained(llama(**shape), theirs[0], adapter_name="a0").eval()
+        model = peft.PeftModel.from_pretrained(llama(**shape).eval(), theirs[0], adapter_name="a0").eval()
         ours = folders(CHAINS["lora"], n, root, shape)
-        rack = luthier.Rack(llama(**shape), "16GB")
+        rack = luthier.Rack(llama(**shape).eval(), "16GB")
         rack.load("a0", ours[0])
         for k in range(1, n):                              # turn by turn
             start = time.perf_counter()
@@ -194,21 +162,22 @@ def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
                     peft_switch_ms=100 * (time.perf_counter() - start))
 
 
-def run(small=False):
-    """Everything, as one dict."""
-    shape = SMALL if small else FULL
-    rows, tokens, new, rounds, n, many = (4, 8, 4, 1, 4, 12) if small else (16, 128, 32, 7, 40, 1000)
-    return dict(threads=torch.get_num_threads(), torch=torch.__version__, shape=shape,
-                mixed={m: mixed(m, rows, tokens, rounds, shape) for m in CHAINS},
-                decode={m: decode(m, rows, new, rounds, shape) for m in CHAINS},
-                loads=loads(n, shape=shape), many=loads(many, shape=shape), switching=switching(min(n, 20), shape=shape),
-                peers=peers(rows, tokens, n, rounds, shape))
+def mixes(methods=tuple(CHAINS), rows=16, tokens=128, rounds=5):
+    """Rows of as many adapters over rows of one: a forward pass, and generation with a KV cache."""
+    found = []
+    for method in methods:
+        for what, got in ((f"forward {rows} x {tokens}", mixed(method, rows, tokens, rounds)),
+                          (f"32 tokens for {rows} prompts", decode(method, rows, rounds=max(3, rounds // 2)))):
+            found.append(row(f"{rows} adapters in {rows} rows over one adapter: {method}, {what}", got["ratio"], 1.5, detail=got))
+    return found
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--small", action="store_true", help="sizes that only show that it runs")
-    parser.add_argument("--out", metavar="FILE")
-    a = parser.parse_args()
-    found = json.dumps(run(a.small), indent=1)
-    Path(a.out).write_text(found + "\n") if a.out else print(found)
+def traffic(n=40, many=1000):
+    """Loading and switching, beside peft; a mixed batch of LoRA, beside peft's."""
+    beside, lots, switch = peers(n=n), loads(many), switching()
+    p = beside["loads"]
+    return [row("16 LoRAs in 16 rows over one: forward 16 x 128", beside["rack_ratio"], 1.5, beside["peft_ratio"]),
+            row(f"milliseconds to load adapter number {n}", p["rack_last_ms"], 20, p["peft_last_ms"]),
+            row(f"seconds for {n} loads", p["rack_total_s"], 0.8, p["peft_total_s"]),
+            row(f"the last of {many} loads over the first ones", lots["flat"], 1.5),
+            row("milliseconds to switch", switch["ms"]["median"], 1.0, beside["peft_switch_ms"])]

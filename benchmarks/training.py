@@ -54,8 +54,9 @@ def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch
         times = clock(fns, rounds)
         peer = timed("", times, "peft", "limit", 0)["ours"]
         bound = 1.10 if not dropout and dtype == torch.float32 else 1 + (peer - 1) / 2
-        found.append(timed(f"step over the frozen limit: {size}" + f", dropout {dropout}" * bool(dropout), times, "luthier", "limit",
-                           bound, "peft", all_kept=timed("", times, "all kept", "limit", 0)["ours"], limit=LIMIT))
+        what = f"step over the frozen limit: {size}" + f", dropout {dropout}" * bool(dropout)
+        found.append(timed(what, times, "luthier", "limit", bound, "peft",
+                           all_kept=timed("", times, "all kept", "limit", 0)["ours"], limit=LIMIT))
     return found
 
 
@@ -73,8 +74,8 @@ def activations(width=256, layers=4, rows=4, tokens=128, rank=8):
             ("LoRA", f"lora(rank={rank}, {at})", 0.65, dict(r=rank)),
             ("LoRA, dropout 0.05", f"lora(rank={rank}, {at}, dropout=0.05)", 0.67, dict(r=rank, lora_dropout=0.05)),
             ("DoRA", f"dora(rank={rank}, {at})", 0.75, dict(r=rank, use_dora=True))):
-        found.append(row(f"kept activations over full tuning: {what} r{rank}, {width} x {layers}", kept(_ours(base, chain)) / full,
-                         bound, kept(_peer(base, **peer)) / full, bytes_full=full))
+        found.append(row(f"kept activations over full tuning: {what} r{rank}, {width} x {layers}",
+                         kept(_ours(base, chain)) / full, bound, kept(_peer(base, **peer)) / full, bytes_full=full))
     return found
 
 

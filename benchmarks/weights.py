@@ -9,8 +9,8 @@ import torch
 
 import luthier
 from luthier import cost, zoo
-from luthier.state import State
 from luthier.methods.quantize import gptq as module
+from luthier.state import State
 
 from .common import row
 
@@ -47,7 +47,7 @@ def quantise(bits=4, layers=4):
         ours, start = ours + time.perf_counter() - start, time.perf_counter()
         N = naive(s.W, H, bits, method.damp)
         theirs += time.perf_counter() - start
-        gap.append(float((((s.W - Q) @ x.T).square().sum() / ((s.W - N) @ x.T).square().sum())))
+        gap.append(float(((s.W - Q) @ x.T).square().sum() / ((s.W - N) @ x.T).square().sum()))
     return [row(f"GPTQ {bits} bits, {len(picked)} layers of smollm2-135m: time over the naive column loop", ours / theirs, 0.2,
                 seconds=dict(luthier=ours, naive=theirs)),
             row("GPTQ: layer error over the naive column loop's, the largest", max(gap), 1.01)]

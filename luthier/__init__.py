@@ -13,8 +13,8 @@ from .errors import LuthierError
 from .method import Chain, Method, discover, parse, split
 from .site import find, sites
 
-__all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "discover", "find", "load", "parse", "plan", "sites",
-           "split", "switch"]
+__all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "discover", "find", "load", "parse", "plan",
+           "sites", "split", "switch"]
 
 
 def __getattr__(name):

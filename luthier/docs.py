@@ -96,7 +96,8 @@ def _fields(thing):
     """(name, type, default, comment) of every hyperparameter; default None-object means required."""
     said, rows = _comments(thing), []
     for p in inspect.signature(thing).parameters.values():
-        kind = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", str(p.annotation).removeprefix("typing."))
+        kind = p.annotation
+        kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind).removeprefix("typing."))
         rows.append((p.name, "" if p.annotation is p.empty else kind.replace("|", "or"), "required" if p.default is p.empty
                      else f"`{p.default!r}`", said.get(p.name, "")))
     return rows

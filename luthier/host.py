@@ -331,7 +331,8 @@ class _Ready:
     def __deepcopy__(self, memo):
         return _Ready()
 
-    __reduce__ = lambda self: (_Ready, ())
+    def __reduce__(self):
+        return _Ready, ()
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What is cheap to make again is not kept for the backward pass.
 
-Autograd keeps what each operator needs. Some of that is the output of a norm, an activation, a product or a cast, whose own inputs
-are kept too: instead of it, a recipe over those is kept, read off the graph (`grad_fn` and its `_saved_*`), and followed in the
-backward pass. Values, and gradients but for rounding, stay as they were. Used by Tuned.forward while gradients are on; hooks that
-others put around it (offloading, meters) still see all that is really kept.
+Autograd keeps what each operator needs. Some of that is the output of a norm, an activation, a product or a cast, whose own
+inputs are kept too: instead of it, a recipe over those is kept, read off the graph (`grad_fn` and its `_saved_*`), and followed
+in the backward pass. Values, and gradients but for rounding, stay as they were. Used by Tuned.forward while gradients are on;
+hooks that others put around it (offloading, meters) still see all that is really kept.
 """
 
 import torch

@@ -44,9 +44,10 @@ class State(nn.Module):
             kept = torch.where(kept >= 0, before.to(kept.device)[kept.clamp(min=0)], -1)
         self.moved[name] = (p, kept)
         new, p.grad = new.detach().to(p.dtype), None
-        other = torch.float32 if p.dtype == torch.float64 else torch.float64
-        p.data = new.new_empty(0, dtype=other)             # a loss that the caller still holds keeps the old shape alive in
-        p.data = new                                       # autograd, until it meets another type
+        if new.shape != p.shape:                           # a loss that the caller still holds keeps the old shape alive in
+            other = torch.float32 if p.dtype == torch.float64 else torch.float64
+            p.data = new.new_empty(0, dtype=other)         # autograd, until it meets another type (and loses others' hooks)
+        p.data = new
 
     def stored(self):
         """name -> tensor of everything a file must hold."""

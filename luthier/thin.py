@@ -3,9 +3,9 @@
     h = x Aᵀ,   y ← y + s h Bᵀ          x: (N, d_in), A: (r, d_in), B: (d_out, r), y: (N, d_out)
     with a gain c: (d_out,) of the new weight, and the bias b left out of it:     y ← c (y - b + s h Bᵀ) + b
 
-Several updates that are given the same x (q, k and v; gate and up) make their h in one product, keep one x, and give x its gradient
-in one product. y, which the layer has just made, is added to in place. Dropout acts on the x they share, as in the authors' merged
-layers, and keeps a seed, not a mask.
+Several updates that are given the same x (q, k and v; gate and up) make their h in one product, keep one x, and give x its
+gradient in one product. y, which the layer has just made, is added to in place. Dropout acts on the x they share, as in the
+authors' merged layers, and keeps a seed, not a mask.
 """
 
 import torch

@@ -543,6 +543,7 @@ def test_s2a_parts_can_each_be_switched_off_and_save_threefold():
     def saved(chain):
         model = deep(4, d=128)
         tuned = attach(model, chain).train()
+        tuned.lean = False                                  # as in plain PyTorch
         held = [*tuned.parameters(), *tuned.buffers(), ids]
         kept = cost.saved(lambda: tuned(input_ids=ids).last_hidden_state, held)
         names = {n for p in tuned.states.values() for n, _ in p.named_parameters()}

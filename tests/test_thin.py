@@ -190,7 +190,7 @@ def test_hooks_around_it_see_what_is_kept_and_only_that():
     tuned, x, seen = stirred(Block(), "lora(at='linear')"), torch.randn(128, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(tuple(t.shape)) or t, lambda t: t):
         out = tuned(x)
-    assert (128, 64) in seen and seen.count((128, 128)) == 1                # the norm's input, and the activation's, which is up's
+    assert (128, 64) in seen and seen.count((128, 128)) == 1             # the norm's input, and the activation's, which is up's
     tuned.lean = False
     want = torch.autograd.grad(tuned(x).square().sum(), x)
     close(torch.autograd.grad(out.square().sum(), x)[0], want[0], 1e-5)

@@ -45,6 +45,7 @@ def gradient(task, chain):
 
 def saved(task, chain):
     tuned, batch = attach(task.build(0), chain).train(), _bench.first(task, size=BATCH)
+    tuned.lean = False                                       # both as in plain PyTorch
     held = [*tuned.parameters(), *tuned.buffers(), *batch.values()]
     return cost.saved(lambda: task.loss(tuned, batch), held)
 

@@ -56,6 +56,7 @@ def saved(chain, depth, batch):
     model = zoo.load("minilm")
     model.encoder.layer = model.encoder.layer[:depth]
     tuned = attach(model, chain).train()
+    tuned.lean = False                                       # all as in plain PyTorch
     held = [*tuned.parameters(), *tuned.buffers(), *batch.values()]
     kept = cost.saved(lambda: tuned(**batch).last_hidden_state, held)
     return kept, cost.peak(lambda: tuned(**batch).last_hidden_state.sum().backward(), held) - cost.nbytes(held)

@@ -41,7 +41,8 @@ def run(seeds):
     task = _bench.task("sst2", "minilm", train=600)
     spent = _bench.body(_bench.attach(task.build(0), "ladder()"))
     rank = -(-spent // _bench.body(_bench.attach(task.build(0), f"lora(rank=1, at={AT!r})")))
-    chains = {"probe": "probe()", "ladder": "ladder(start='fisher')", "norm start": "ladder()", "random start": "ladder(start='random')",
+    chains = {"probe": "probe()", "ladder": "ladder(start='fisher')", "norm start": "ladder()",
+              "random start": "ladder(start='random')",
               "lora": f"lora(rank={rank}, at={AT!r})"}
     per_seed, facts = _bench.arms(task, chains, seeds, STEPS)
     facts["memory"], facts["method_parameters"] = {}, {}
