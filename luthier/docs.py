@@ -37,16 +37,22 @@ def pages(slow=True):
     return made
 
 
-def stale(folder, slow=True):
-    """Pages of `folder` that differ from what would be written now, and method pages whose method is gone."""
-    folder, made = Path(folder), pages(slow)
+def stale(folder, slow=True, made=None):
+    """Pages of `folder` that differ from what would be written now (`made`), and method pages whose method is gone."""
+    folder, made = Path(folder), pages(slow) if made is None else made
     bad = [p for p, text in made.items() if not (folder / p).is_file() or (folder / p).read_text(encoding="utf-8") != text]
     return sorted(bad + [f"methods/{p.name}" for p in (folder / "methods").glob("*.md") if f"methods/{p.name}" not in made])
 
 
 def write(folder, slow=True):
     """Write what is stale and remove pages of methods that are gone; returns the paths touched."""
-    folder, made, touched = Path(folder), pages(slow), stale(folder, slow)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)           # before the minutes that the pages take
+    except OSError as e:
+        raise LuthierError(f"{folder} cannot be written ({e.strerror or e}). Give another folder with --out.") from e
+    made = pages(slow)
+    touched = stale(folder, slow, made)
     for path, text in ((folder / p, made.get(p)) for p in touched):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
