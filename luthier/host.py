@@ -816,13 +816,23 @@ class Around:
         t = run(stack.take(x) if stack is not None else Tokens(x))
         if stack is not None:
             stack.tokens = t
+        if whole and torch.is_grad_enabled() and not any(torch.is_tensor(v) and v.requires_grad for v in whole[0]):
+            for e in self._here():                          # T5's bias of positions: made in the first block, handed to the others
+                if e.site.layout == "embedding" and any(p.requires_grad for p in e.state.parameters()):
+                    raise DoesNotFit(f"{type(self.live[0].method).__name__} runs {self.site.name} without a graph, and "
+                                     f"{e.site.name} trains through what that block returns beside its stream: it would get no "
+                                     f"gradient. Leave it out: {type(e.method).__name__}(at=\"{e.method.at} -{e.site.name}\").")
         return (t.h, *whole[0]) if whole else t.h
+
+    def _here(self):
+        """The entries in this block."""
+        at = self.site.stack, self.site.block
+        places = [*self.host.patches.values(), *self.host.ports.values()]
+        return [e for place in places for e in place.entries if e.owner.active and (e.site.stack, e.site.block) == at]
 
     def _trained(self):
         """The parameters that train in this block: what f(t) depends on beside t and the module's other arguments."""
-        at = self.site.stack, self.site.block
-        places = [*self.host.patches.values(), *self.host.ports.values()]
-        here = [e for place in places for e in place.entries if e.owner.active and (e.site.stack, e.site.block) == at]
+        here = self._here()
         return list(dict.fromkeys(q for e in here for q in e.state.parameters() if q.requires_grad))
 
     def _wrapped(self, e, f):

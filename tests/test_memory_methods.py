@@ -600,3 +600,12 @@ def test_lean_dropout_drops_the_same_numbers_both_ways():
         v = torch.eye(8, 16).expand(2, 3, 8, 16)
         torch.nn.functional.scaled_dot_product_attention(q, q.detach(), v, dropout_p=0.5).sum().backward()
     assert q.grad.isfinite().all() and q.grad.any()
+
+
+def test_what_a_block_returns_beside_its_stream_is_not_lost():
+    model, batch = tiny.build("t5"), tiny.batch("t5")
+    tuned = attach(model, "meft() >> full(at='all')").train()
+    with pytest.raises(DoesNotFit, match="relative_attention_bias"):
+        tuned(**batch)
+    tuned.detach()
+    attach(model, "meft() >> lora(at='linear')").train()(**batch).logits.sum().backward()
