@@ -817,7 +817,7 @@ class Around:
         if stack is not None:
             stack.tokens = t
         if whole and torch.is_grad_enabled() and not any(torch.is_tensor(v) and v.requires_grad for v in whole[0]):
-            for e in self._here():                          # T5's bias of positions: made in the first block, handed to the others
+            for e in self._here():                          # T5's bias of positions: the first block makes it for the others
                 if e.site.layout == "embedding" and any(p.requires_grad for p in e.state.parameters()):
                     raise DoesNotFit(f"{type(self.live[0].method).__name__} runs {self.site.name} without a graph, and "
                                      f"{e.site.name} trains through what that block returns beside its stream: it would get no "
