@@ -184,10 +184,11 @@ class Patch:
         with seen:
             out = self._weights(*args, **kwargs)
         if not seen.calls:
-            e = self.attends[0]
+            e, ours = self.attends[0], isinstance(self.module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
             raise DoesNotFit(f"{type(e.method).__name__} works on the attention core of {e.site.name}, but "
                              f"{type(self.module).__name__} ran without torch's scaled_dot_product_attention. "
-                             "Load the model with attn_implementation=\"sdpa\".")
+                             + ("Call torch.backends.mha.set_fastpath_enabled(False) first." if ours else
+                                "Load the model with attn_implementation=\"sdpa\"."))
         return out
 
     def _base(self, *args, **kwargs):
