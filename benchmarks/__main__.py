@@ -66,4 +66,5 @@ def main(names):
     (HERE.parent / "docs" / "benchmarks.md").write_text(page(stored()), "utf-8")
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

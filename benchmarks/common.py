@@ -1,11 +1,10 @@
 """What the benchmarks share: shapes, contenders run in turns, and a row of the table as a plain dict."""
 
-import itertools
 import statistics
-import time
 
 import torch
 
+from luthier import cost
 from luthier._compat import torchvision
 
 torchvision()
@@ -29,21 +28,9 @@ def ids(rows, tokens, vocab=8000, seed=1):
 
 
 def clock(contenders, rounds):
-    """{name: function} -> {name: [seconds]}; a round runs each of them once, in an order that changes from round to round."""
-    times = {name: [] for name in contenders}
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    for fn in contenders.values():
-        fn()
-        fn()
-    orders = itertools.cycle(itertools.permutations(contenders))
-    for _ in range(rounds):
-        for name in next(orders):
-            sync()
-            start = time.perf_counter()
-            contenders[name]()
-            sync()
-            times[name].append(time.perf_counter() - start)
-    return times
+    """{name: function} -> {name: [seconds]}, run in turns; the first round warms up and is left out."""
+    columns = zip(*cost.turns(list(contenders.values()), rounds + 1)[1:], strict=True)
+    return dict(zip(contenders, columns, strict=True))
 
 
 def ratio(times, name, base):

@@ -4,14 +4,14 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import luthier
 
-from .common import clock as turns
-from .common import ids, llama, row
+from .common import clock, ids, llama, row
 
 CHAINS = {"lora": "lora(rank=8, at='linear')", "dora": "dora(rank=8, at='linear')", "ia3": "ia3()",
           "ssf": "ssf(at='linear norm')", "randlora": "randlora(at='linear')", "houlsby": "houlsby()", "prefix": "prefix()"}
@@ -35,47 +35,47 @@ def folders(chain, n, root, shape):
     return made
 
 
-def clock(contenders, rounds):
-    """{name: function} -> {name: {"median", "low", "high"}} in seconds."""
-    return {name: summary(t) for name, t in turns(contenders, rounds).items()}
-
-
 def summary(t):
+    """[seconds] -> {"median", "low", "high", "n"}"""
     t = sorted(t)
     return dict(median=statistics.median(t), low=t[len(t) // 4], high=t[-1 - len(t) // 4], n=len(t))
 
 
-def mixed(method, rows=16, tokens=128, rounds=7, shape=FULL):
-    """One forward of `rows` rows of different adapters over one of a single adapter: by the rack, and by that adapter alone."""
+@contextmanager
+def racked(method, n, shape):
+    """(a rack with n states a0, a1, ... of the method's chain, the first of them attached alone)"""
     with tempfile.TemporaryDirectory() as root:
-        model, made = llama(**shape).eval(), folders(CHAINS[method], rows, root, shape)
-        rack = luthier.Rack(model, "16GB")
+        made, rack = folders(CHAINS[method], n, root, shape), luthier.Rack(llama(**shape).eval(), "16GB")
         for k, f in enumerate(made):
             rack.load(f"a{k}", f)
-        batch, every, one = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k}" for k in range(rows)], ["a0"] * rows
-        alone = luthier.load(llama(**shape).eval(), made[0])
-        with torch.no_grad():
-            got = clock({"mixed": lambda: rack(batch, names=every), "one": lambda: rack(batch, names=one),
-                         "attached": lambda: alone(**batch), "base": lambda: rack(batch, names=[None] * rows)}, rounds)
-        return dict(method=method, rows=rows, tokens=tokens, **got, ratio=got["mixed"]["median"] / got["one"]["median"],
-                    ratio_to_attached=got["mixed"]["median"] / got["attached"]["median"], served=rack.cost()["kinds"][0])
+        yield rack, luthier.load(llama(**shape).eval(), made[0])
+
+
+def ratios(contenders, rounds, **facts):
+    """Summaries of "mixed", "one" and "attached", and the first over the others."""
+    got = {name: summary(t) for name, t in clock(contenders, rounds).items()}
+    return dict(**facts, **got, ratio=got["mixed"]["median"] / got["one"]["median"],
+                ratio_to_attached=got["mixed"]["median"] / got["attached"]["median"])
+
+
+def mixed(method, rows=16, tokens=128, rounds=7, shape=FULL):
+    """One forward of `rows` rows of different adapters over one of a single adapter: by the rack, and by that adapter alone."""
+    with racked(method, rows, shape) as (rack, alone), torch.no_grad():
+        batch, every = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k}" for k in range(rows)]
+        got = ratios({"mixed": lambda: rack(batch, names=every), "one": lambda: rack(batch, names=["a0"] * rows),
+                      "attached": lambda: alone(**batch), "base": lambda: rack(batch, names=[None] * rows)}, rounds,
+                     method=method, rows=rows, tokens=tokens)
+        return got | {"served": rack.cost()["kinds"][0]}
 
 
 def decode(method, rows=16, new=32, rounds=5, shape=FULL):
     """The same in generation with a KV cache, 8 tokens of prompt and `new` more."""
-    with tempfile.TemporaryDirectory() as root:
-        model, made = llama(**shape).eval(), folders(CHAINS[method], rows, root, shape)
-        rack = luthier.Rack(model, "16GB")
-        for k, f in enumerate(made):
-            rack.load(f"a{k}", f)
+    with racked(method, rows, shape) as (rack, alone):
         given = dict(input_ids=ids(rows, 8, shape["vocab"]), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                      pad_token_id=0)
-        alone = luthier.load(llama(**shape).eval(), made[0])
-        got = clock({"mixed": lambda: rack.generate(names=[f"a{k}" for k in range(rows)], **given),
-                     "one": lambda: rack.generate(names=["a0"] * rows, **given),
-                     "attached": lambda: alone.generate(**given)}, rounds)
-        return dict(method=method, rows=rows, new=new, **got, ratio=got["mixed"]["median"] / got["one"]["median"],
-                    ratio_to_attached=got["mixed"]["median"] / got["attached"]["median"])
+        return ratios({"mixed": lambda: rack.generate(names=[f"a{k}" for k in range(rows)], **given),
+                       "one": lambda: rack.generate(names=["a0"] * rows, **given),
+                       "attached": lambda: alone.generate(**given)}, rounds, method=method, rows=rows, new=new)
 
 
 def loads(n=40, method="lora", shape=FULL):
@@ -143,10 +143,11 @@ def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
         model.eval()
         batch, names = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k % n}" for k in range(rows)]
         with torch.no_grad():
-            got = clock({"peft_mixed": lambda: model(**batch, adapter_names=names),
+            times = clock({"peft_mixed": lambda: model(**batch, adapter_names=names),
                          "peft_one": lambda: model(**batch, adapter_names=["a0"] * rows), "peft_plain": lambda: model(**batch),
                          "rack_mixed": lambda: rack(batch, names=names),
                          "rack_one": lambda: rack(batch, names=["a0"] * rows)}, rounds)
+        got = {name: summary(t) for name, t in times.items()}
 
         def switch(k):
             model.set_adapter(f"a{k % n}")

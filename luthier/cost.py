@@ -7,6 +7,7 @@ Prediction runs the very train step on fake tensors: they have shapes, dtypes an
 autograd keeps, and the most bytes alive at once, are counted rather than modelled. Measurement runs it on the real ones.
 """
 
+import itertools
 import statistics
 import time
 import weakref
@@ -123,20 +124,29 @@ def flops(fn):
     return counter.get_total_flops()
 
 
-def latency(fns, rounds=7):
-    """Median seconds of each of `fns`, run in turns A B A B after one warm-up each, so that drift hits all alike."""
-    def clock(fn):
-        sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-        sync()
-        start = time.perf_counter()
-        fn()
-        sync()
-        return time.perf_counter() - start
+def clock(fn):
+    """Seconds that fn() takes, the device idle before and after."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else int
+    sync()
+    start = time.perf_counter()
+    fn()
+    sync()
+    return time.perf_counter() - start
 
+
+def turns(fns, rounds):
+    """Seconds of each of `fns`, a row a round, after one warm-up each. A round runs each of them once, in an order that changes
+    from round to round. Neighbours in time share what else the machine does: ratios within a row are steadier than the times."""
     for fn in fns:
         fn()
-    times = [[clock(fn) for fn in fns] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+    orders = itertools.cycle(itertools.permutations(range(len(fns))))
+    rows = [{i: clock(fns[i]) for i in next(orders)} for _ in range(rounds)]
+    return [tuple(row[i] for i in range(len(fns))) for row in rows]
+
+
+def latency(fns, rounds=7):
+    """Median seconds of each of `fns`, run in turns."""
+    return [statistics.median(column) for column in zip(*turns(fns, rounds), strict=True)]
 
 
 # -- the same run on tensors without memory -------------------------------------------------------------------

@@ -1,15 +1,13 @@
 """What a chain costs on this machine, each figure beside its reference: memory, step time against tuning everything, latency
-against the untouched model. The two sides run in turns (A B A B), so that what else the machine does hits both."""
+against the untouched model. The two sides run in turns, so that what else the machine does hits both."""
 
-import math
 import statistics
-import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..cost import peak
+from ..cost import peak, turns
 from ..errors import BadOrder, LuthierError, NotMergeable
 from .fit import WHOLE, ready
 
@@ -54,7 +52,7 @@ class Meter:
         step = self._step(tuned)
         step()                                             # the optimizer's memory is there from the second step on
         memory = peak(step, touched(step, step.holds()))
-        mine, ratio = turns(step, self.reference, ROUNDS)
+        mine, ratio = against(step, self.reference, ROUNDS)
         tuned.eval()
         merged = True
         try:
@@ -62,28 +60,16 @@ class Meter:
         except (NotMergeable, BadOrder):
             merged = False
         with torch.no_grad():
-            ours, slower = turns(lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one),
-                                 3 * ROUNDS)
+            ours, slower = against(lambda: self.task.logits(tuned, self.one), lambda: self.task.logits(self.bare, self.one),
+                                   3 * ROUNDS)
         return {"memory": memory, "step": ratio, "step_seconds": mine, "latency": slower, "latency_seconds": ours,
                 "merged": merged, "threads": torch.get_num_threads()}
 
 
-def turns(a, b, rounds):
-    """(median seconds of a, median of a's time over the time of the b run right after it); b may be None. Neighbours in time
-    share what else the machine was doing, so the ratio is steadier than either time."""
-    for fn in filter(None, (a, b)):
-        fn()
-    times = [[clock(fn) if fn else math.nan for fn in (a, b)] for _ in range(rounds)]
-    return statistics.median(x for x, _ in times), statistics.median(x / y for x, y in times) if b else None
-
-
-def clock(fn):
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else int
-    sync()
-    start = time.perf_counter()
-    fn()
-    sync()
-    return time.perf_counter() - start
+def against(a, b, rounds):
+    """(median seconds of a, median of a's time over b's in the same round); b may be None."""
+    times = turns([a, b] if b else [a], rounds)
+    return statistics.median(t[0] for t in times), statistics.median(x / y for x, y in times) if b else None
 
 
 class _Touch(TorchDispatchMode):
@@ -108,6 +94,3 @@ def touched(fn, tensors):
     with _Touch() as touch:
         fn()
     return [t for t in tensors if t.untyped_storage()._cdata in touch.storages]
-
-
-
