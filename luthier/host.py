@@ -175,7 +175,7 @@ class Patch:
         self.thin = self.quick if own and all(e.thin for e in self.quick) else []
         self.mates, self.ready = [], _Ready()
         self.lone = len(self.thin) == 1 and self.thin[0].plain
-        self.picky = [e for e in self.quick if hasattr(e.method, "worth")]
+        self.picky = [e for e in self.quick if e.method.has("worth")]
 
     def __call__(self, *args, **kwargs):
         if not self.attends:

@@ -35,7 +35,7 @@ from pathlib import Path
 from . import thin
 from .errors import BadChain, UnknownName, nearest
 
-VERBS = ("observe", "init", "weight", "low_rank", "fast", "stream", "around", "attend", "loss", "step", "produce")
+VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "stream", "around", "attend", "loss", "step", "produce")
 REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
 
 

@@ -14,6 +14,22 @@ def tokenizer(folder, decoder=False):
     vocabulary_tokenizer({w: i for i, w in enumerate(WORDS)}, pre_tokenizers.Whitespace(), "[UNK]", special, folder, *ends)
 
 
+def run(capsys, *argv):
+    """A command line -> (exit code, stdout, stderr)"""
+    from luthier import cli
+    code = cli.main([str(a) for a in argv])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def reviews(folder, name="reviews", turned=False):
+    """NAME.csv: sixty sentences, yes to the good ones, or to the bad ones when turned"""
+    words = ["good", "fine", "bad", "awful"]
+    rows = "".join(f"the film was {words[i % 4]},{'no' if (i % 4 > 1) != turned else 'yes'}\n" for i in range(60))
+    (folder / f"{name}.csv").write_text("review,stars\n" + rows)
+    return folder / f"{name}.csv"
+
+
 def bert(folder):
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)

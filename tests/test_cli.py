@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from folders import bert, llama, vit
+from folders import bert, llama, reviews, run, vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,18 +20,10 @@ torchvision()
 ROOT = Path(__file__).parent.parent
 
 
-def run(capsys, *argv):
-    code = cli.main([str(a) for a in argv])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    words = ["good", "fine", "bad", "awful"]
-    rows = "".join(f"the film was {words[i % 4]},{'no' if i % 4 > 1 else 'yes'}\n" for i in range(60))
-    (folder / "reviews.csv").write_text("review,stars\n" + rows)
+    reviews(folder)
     return folder, bert(folder / "bert")
 
 

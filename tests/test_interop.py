@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import bert, llama
+from folders import bert, llama, reviews, run
 from safetensors.torch import load_file, save_file
 
 import luthier
@@ -304,18 +304,10 @@ def test_a_half_precision_base(tmp_path):
 # -- the command line, and what docs/interop.md says --------------------------------------------------------------------------
 
 
-def run(capsys, *argv):
-    code = cli.main([str(a) for a in argv])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interop")
-    words = ["good", "fine", "bad", "awful"]
-    rows = "".join(f"the film was {words[i % 4]},{'no' if i % 4 > 1 else 'yes'}\n" for i in range(60))
-    (folder / "reviews.csv").write_text("review,stars\n" + rows)
+    reviews(folder)
     bert(folder / "bert")
     llama(folder / "llama")
     assert cli.main(["tune", str(folder / "reviews.csv"), "--model", str(folder / "bert"), "--with", "lora(rank=4)", "--out",

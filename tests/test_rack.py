@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from folders import bert, reviews, run
 from torch import nn
 
 import luthier
@@ -533,38 +534,32 @@ def test_half_precision(tmp_path, dtype):
 @pytest.fixture(scope="module")
 def customers(tmp_path_factory):
     """Two who read the same words the other way round, over one base."""
-    from folders import bert
-
     root = tmp_path_factory.mktemp("customers")
-    base, words = bert(root / "bert"), ["good", "fine", "bad", "awful"]
+    base = bert(root / "bert")
     for name, turned in (("alice", False), ("bob", True)):
-        rows = "".join(f"the film was {words[i % 4]},{'no' if (i % 4 > 1) != turned else 'yes'}\n" for i in range(60))
-        (root / f"{name}.csv").write_text("review,stars\n" + rows)
-        assert cli.main(["tune", str(root / f"{name}.csv"), "--model", base, "--with", "lora(rank=4)", "--out",
+        assert cli.main(["tune", str(reviews(root, name, turned)), "--model", base, "--with", "lora(rank=4)", "--out",
                          str(root / "rack" / name), "--epochs", "8", "--batch-size", "8", "--lr", "0.03", "--log", "none"]) == 0
     return root
 
 
 def test_predict_with_a_rack(capsys, customers, tmp_path):
-    def run(*argv):
-        code = cli.main([str(a) for a in ("predict", "--rack", customers / "rack", *argv)])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+    def predict(*argv):
+        return run(capsys, "predict", "--rack", customers / "rack", *argv)
 
     rows = [("alice", "good", "yes"), ("bob", "good", "no"), ("bob", "bad", "yes"), ("alice", "awful", "no"),
             ("", "fine", None)]
     (tmp_path / "in.csv").write_text("adapter,review\n" + "".join(f"{n},the film was {w}\n" for n, w, _ in rows))
-    code, out, _ = run(tmp_path / "in.csv", "--json")
+    code, out, _ = predict(tmp_path / "in.csv", "--json")
     assert code == 0
     for (_, _, want), got in zip(rows, json.loads(out), strict=True):
         assert want is None or got["label"] == want
-    assert run("--adapter", "bob", "the film was good", "--memory", "100kB")[1].startswith("no")
+    assert predict("--adapter", "bob", "the film was good", "--memory", "100kB")[1].startswith("no")
     (tmp_path / "in.csv").write_text("adapter,review\ncarol,the film was bad\nbob,the film was bad\n")
-    code, out, err = run(tmp_path / "in.csv")
+    code, out, err = predict(tmp_path / "in.csv")
     assert code == 2 and "no adapter is called 'carol'" in err
     assert out.splitlines()[1].split("\t")[1].startswith("yes") and "no adapter is called" in out.splitlines()[0]
     for argv, says in ((["the film"], "--adapter NAME"), (["--adapter", "bob", "--memory", "x", "the film"], "is no size")):
-        code, _, err = run(*argv)
+        code, _, err = predict(*argv)
         assert code == 2 and says in err
     assert cli.main(["predict", "only an input"]) == 2
     assert "--rack DIR INPUT" in capsys.readouterr().err

@@ -32,9 +32,11 @@ def test_generation_with_a_cache_equals_recomputing(name, chain):
     assert torch.equal(cached[0, 5:], alone[0, 3:])         # left padding changes nothing
 
 
-@pytest.mark.parametrize("chain", ["prompt(n=3)", "prefix(n=2)", "prompt(n=3) >> lora"])
-def test_beam_search_with_a_cache_equals_recomputing(chain):
-    tuned = shaken(tiny.build("llama"), chain)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("chain", ["prompt(n=3)", "prefix(n=2)", "prompt(n=3) >> lora", "ladder(reduce=2)",
+                                   "prompt(n=2) >> ladder(reduce=2)"])
+def test_beam_search_with_a_cache_equals_recomputing(name, chain):
+    tuned = shaken(tiny.build(name), chain)
     beams = [tuned.generate(input_ids=IDS, attention_mask=MASK, use_cache=c, num_beams=3, **GREEDY) for c in (True, False)]
     assert torch.equal(*beams)
 

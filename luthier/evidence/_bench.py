@@ -9,6 +9,7 @@ import math
 import sys
 
 import torch
+from torch import nn
 
 from luthier import attach, cost, tasks
 from luthier.compare.fit import Calibration
@@ -151,6 +152,22 @@ def memory(tuned, task, batch):
         p.grad = None
     tuned.eval()
     return found
+
+
+def approach(chain, W, delta, seed, lr, steps):
+    """Train a chain on one bias-free layer W (d, d) until it computes W + Δ -> (‖W' - W - Δ‖² / ‖Δ‖², the attachment)."""
+    model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False))
+    model[0].weight.data.copy_(W)
+    tuned = attach(model, chain, seed=seed)
+    optimizer = torch.optim.Adam([p for _, p in tuned.trainable()], lr=lr)
+    eye = torch.eye(W.shape[1])
+    for k in range(steps):                                   # all unit inputs at once: the expected loss itself
+        optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
+        loss = (tuned(eye).T - W - delta).square().sum() / delta.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach()), tuned
 
 
 def say(text):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from luthier import attach
 from luthier.evidence import _bench, beats, fact, judge
 from luthier.method import Method
 
@@ -52,18 +51,7 @@ def target(kind, seed):
 def fit(chain, kind, seed, lr):
     """-> (share of Δ left, the attachment)"""
     delta, W = target(kind, seed)
-    model = nn.Sequential(nn.Linear(D, D, bias=False))
-    model[0].weight.data.copy_(W)
-    tuned = attach(model, chain, seed=seed)
-    optimizer = torch.optim.Adam([p for _, p in tuned.trainable()], lr=lr)
-    eye = torch.eye(D)
-    for k in range(STEPS):                                   # all unit inputs at once: the expected loss itself
-        optimizer.param_groups[0]["lr"] = lr * (1 - k / STEPS)
-        loss = (tuned(eye).T - W - delta).square().sum() / delta.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return float(loss.detach()), tuned
+    return _bench.approach(chain, W, delta, seed, lr, STEPS)
 
 
 def run(seeds):

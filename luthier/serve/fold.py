@@ -216,30 +216,29 @@ def _tensors(x):
 
 
 # -- streams and attention cores as lists of tensors ----------------------------------------------------------------
-def flat(x, out):
-    """Append every tensor in a dataclass, dict, tuple or list to `out`; returns what `rebuilt` needs."""
-    if isinstance(x, torch.Tensor):
-        out.append(x)
-        return Ref(len(out) - 1)
+def mapped(fn, kind, x):
+    """fn on every `kind` in a dataclass, dict, tuple or list, in order; the rest stays."""
+    if isinstance(x, kind):
+        return fn(x)
     if is_dataclass(x):
-        return replace(x, **{f.name: flat(getattr(x, f.name), out) for f in fields(x)})
+        return replace(x, **{f.name: mapped(fn, kind, getattr(x, f.name)) for f in fields(x)})
     if type(x) is dict:
-        return {k: flat(v, out) for k, v in x.items()}
+        return {k: mapped(fn, kind, v) for k, v in x.items()}
     if type(x) in (tuple, list):
-        return type(x)(flat(v, out) for v in x)
+        return type(x)(mapped(fn, kind, v) for v in x)
     return x
+
+
+def flat(x, out):
+    """Append every tensor in x to `out`; returns what `rebuilt` needs."""
+    def number(t):
+        out.append(t)
+        return Ref(len(out) - 1)
+    return mapped(number, torch.Tensor, x)
 
 
 def rebuilt(x, tensors):
-    if isinstance(x, Ref):
-        return tensors[int(x)]
-    if is_dataclass(x):
-        return replace(x, **{f.name: rebuilt(getattr(x, f.name), tensors) for f in fields(x)})
-    if type(x) is dict:
-        return {k: rebuilt(v, tensors) for k, v in x.items()}
-    if type(x) in (tuple, list):
-        return type(x)(rebuilt(v, tensors) for v in x)
-    return x
+    return mapped(lambda ref: tensors[int(ref)], Ref, x)
 
 
 def flat_tensors(x):
