@@ -1,0 +1,37 @@
+"""The benchmarks' page says what the stored results say, and nothing in a result was typed by hand."""
+
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import common
+from luthier import cost
+
+STORED = benchmarks.stored()
+
+
+def test_the_page_is_made_from_the_results():
+    assert (benchmarks.HERE.parent / "docs" / "benchmarks.md").read_text("utf-8") == benchmarks.page(STORED)
+    assert set(STORED) <= set(benchmarks.ALL)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_reached_follows_from_the_figures(name):
+    assert STORED[name]["rows"]
+    for r in STORED[name]["rows"]:
+        assert r["reached"] is (r["ours"] <= r["bound"])
+
+
+def test_a_ratio_is_taken_within_a_round(monkeypatch):
+    """A machine that slows down threefold in the middle changes both times and not the ratio."""
+    rows = iter([(9, 9), (1, 2), (1, 2), (3, 6), (3, 6)])
+    monkeypatch.setattr(cost, "turns", lambda fns, rounds: [next(rows) for _ in range(rounds)])
+    times = common.clock({"base": None, "ours": None}, 4)
+    assert times == {"base": (1, 1, 3, 3), "ours": (2, 2, 6, 6)}            # without the first round
+    r = common.timed("", times, "ours", "base", 1.5)
+    assert r["ours"] == r["low"] == r["high"] == 2 and not r["reached"]
+
+
+def test_an_unknown_benchmark_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="No benchmark is called 'stepp'"):
+        benchmarks.main(["stepp"])
