@@ -31,7 +31,8 @@ def step(x, at=(0.5, 0.75), by=0.1):
 
 def uba(x, phi):
     """Unified budget-aware: 2c / (2φ + (2 - φ) c), c = 1 + cos πx. Tang et al., Stepsize anything, 2025. arXiv:2505.24452 §3.
-    φ = 2 is the cosine; a smaller φ keeps the rate high for longer, a larger one (a worse condition number) lets it fall."""
+    φ = 2 is the cosine; a smaller φ keeps the rate high for longer, a larger one (a worse condition number) lets it fall.
+    Checked against one implementation by others only, not against the paper's own text."""
     c = 1 + math.cos(math.pi * x)
     return 2 * c / (2 * phi + (2 - phi) * c)
 

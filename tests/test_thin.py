@@ -174,6 +174,7 @@ def test_recipes_change_no_gradient(name, chain, monkeypatch):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    # a ReLU keeps its own output and a ViT's norms are few: there recipes have little to save
     assert bytes_kept[1] < (0.9 if name in ("llama", "gpt2", "bert") else 0.99) * bytes_kept[0]
 
 
