@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from . import inference, rack, training, weights
+from .page import page, plot
 
 HERE = Path(__file__).parent
-ALL = {"step": training.step, "activations": training.activations, "ladder": training.ladder, "unmerged": inference.unmerged,
-       "attaching": inference.attaching, "tokens": inference.merged_tokens, "gptq": weights.quantise, "mixed": rack.mixes,
-       "loading": rack.traffic, "merge": weights.merge}
+ALL = {"step": training.step, "sizes": training.sizes, "activations": training.activations, "ladder": training.ladder,
+       "unmerged": inference.unmerged, "attaching": inference.attaching, "tokens": inference.merged_tokens,
+       "gptq": weights.quantise, "mixed": rack.mixes, "loading": rack.traffic, "merge": weights.merge}
 
 
 def machine():
@@ -27,24 +28,6 @@ def machine():
             "torch": torch.__version__,
             "bf16 products": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "peft": version("peft")}
-
-
-def page(results):
-    """docs/benchmarks.md as text, from the stored results and nothing else."""
-    lines = ["# Benchmarks", "", "`make bench` runs them all again. Every figure is a ratio of two contenders that took turns",
-             "in one process (or a count of bytes); the spread is between quartiles. Made by `python -m benchmarks`.", ""]
-    for name, r in sorted(results.items()):
-        m = r["machine"]
-        lines += [f"## {name}", "", f"{m['cores']} cores, {m['threads']} threads, {m['device']}, torch {m['torch']}, "
-                  f"peft {m['peft']}.", "", "| what | Luthier | quartiles | peer | must be at most | |",
-                  "|---|---|---|---|---|---|"]
-        for x in r["rows"]:
-            spread = f"{x['low']:.3g} to {x['high']:.3g}" if x["low"] is not None else ""
-            peer = "" if x["peer"] is None else f"{x['peer']:.3g}"
-            lines.append(f"| {x['what']} | {x['ours']:.3g} | {spread} | {peer} | {x['bound']:.3g} | "
-                         f"{'reached' if x['reached'] else 'not reached'} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def stored():
@@ -64,6 +47,7 @@ def main(names):
             print(f"{'ok  ' if r['reached'] else 'MISS'} {r['ours']:8.3f} (at most {r['bound']:.3f}, peer "
                   f"{'-' if r['peer'] is None else format(r['peer'], '.3f')})  {r['what']}", flush=True)
     (HERE.parent / "docs" / "benchmarks.md").write_text(page(stored()), "utf-8")
+    (HERE.parent / "docs" / "benchmarks.svg").write_text(plot(stored()), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A training step over the frozen model's own, what autograd keeps, and the peak of a step."""
 
 import copy
+import statistics
+from collections import Counter
 
 import torch
 
@@ -41,11 +43,23 @@ def _limit(base, batch):
     return step
 
 
-def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch.float32):
+def _thin_alone(model, tokens, rank):
+    """Seconds of the six products of rank r that each updated layer needs, one after the other and with nothing around them."""
+    shapes, total = Counter((s.d_in, s.d_out) for s in luthier.sites(model) if s.layout == "linear" and s.role != "head"), 0.0
+    for (d_in, d_out), n in shapes.items():
+        x, g, y, h, A, Bt = (torch.randn(s) for s in ((tokens, d_in), (tokens, d_out), (tokens, d_out), (tokens, rank),
+                                                      (rank, d_in), (rank, d_out)))
+        products = [lambda: x @ A.T, lambda: y.addmm_(h, Bt), lambda: g @ Bt.T, lambda: h.T @ g, lambda: h.T @ x,        # noqa: B023
+                    lambda: x.addmm_(h, A)]                                                                            # noqa: B023
+        total += n * sum(cost.latency(products, 15))
+    return total
+
+
+def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch.float32, dropouts=(0.0, 0.05)):
     """Time of a step with LoRA on all linears over the frozen limit; dropout 0 and 0.05; with and without recipes."""
     base, batch, found = llama(width, layers, dtype=dtype).requires_grad_(False).train(), ids(rows, tokens), []
     size = f"LoRA r{rank}, Llama {width} x {layers}, {rows} x {tokens}, {str(dtype).removeprefix('torch.')}"
-    for dropout in (0.0, 0.05):
+    for dropout in dropouts:
         ours = _ours(base, f"lora(rank={rank}, at='linear -head', dropout={dropout})")
         kept = _ours(base, f"lora(rank={rank}, at='linear -head', dropout={dropout})")
         kept.lean = False
@@ -55,9 +69,17 @@ def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch
         peer = timed("", times, "peft", "limit", 0)["ours"]
         bound = 1.10 if not dropout and dtype == torch.float32 else 1 + (peer - 1) / 2
         what = f"step over the frozen limit: {size}" + f", dropout {dropout}" * bool(dropout)
-        found.append(timed(what, times, "luthier", "limit", bound, "peft",
-                           all_kept=timed("", times, "all kept", "limit", 0)["ours"], limit=LIMIT))
+        thin = _thin_alone(base, rows * tokens, rank) / statistics.median(times["limit"]) if dtype == torch.float32 else None
+        note = thin and f"the thin products alone, with nothing around them, take {thin:.3f} of the limit"
+        found.append(timed(what, times, "luthier", "limit", bound, "peft", limit=LIMIT, note=note,
+                           all_kept=timed("", times, "all kept", "limit", 0)["ours"]))
     return found
+
+
+def sizes():
+    """The same step at other sizes, ranks and lengths."""
+    others = dict(width=384, layers=12), dict(width=768, layers=4), dict(rank=4), dict(rank=64), dict(tokens=16), dict(tokens=512)
+    return [r for other in others for r in step(rounds=9, dropouts=(0.0,), **other)]
 
 
 def activations(width=256, layers=4, rows=4, tokens=128, rank=8):

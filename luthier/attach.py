@@ -316,7 +316,8 @@ class Tuned(nn.Module):
                 st.noted.clear()
         elif self.forwards >= PATIENCE:
             self._check_stepped()
-        keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling()
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None      # torch.func takes no hooks
+        keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed
         with nullcontext() if keep_all else lean():
             out = self.model(*args, **kwargs)
         if self.training and getattr(out, "loss", None) is not None and any(m.has("loss") for m in self.chain):

@@ -218,38 +218,40 @@ class Patch:
         """The layer on x as rows, and its thin updates added to what it has just made."""
         rows, e, own = x.reshape(-1, x.shape[-1]), self.thin[0], self.module._parameters
         P, b = self.tensors(e.param, self.slow) if self.slow else (own["weight"], own["bias"])
-        y = F.linear(rows, P, b) if e.site.layout == "linear" else torch.addmm(b, rows, P)
         if self.lone and not torch.is_grad_enabled() and not e.state.training:      # a token at a time must be quick
+            y = _rows(e.site, rows, P, b)
             f = e.method.low_rank(e.state)
             A, B = f["A"].to(y.dtype), f["B"].to(y.dtype)
             return y.addmm_(F.linear(rows, A), B.T, alpha=f.get("scale", 1.0)).view(*x.shape[:-1], y.shape[-1])
-        kept = False
-        for (e, f), h in self._downs(x, rows, y.dtype):
-            f = {k: v.to(y.dtype) if isinstance(v, torch.Tensor) else v for k, v in f.items() if k not in ("A", "dropout")}
+        cast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else P.dtype
+        passed, downs = self._downs(x, rows.to(cast))
+        y, kept = _rows(e.site, rows if P.requires_grad else passed, P, b), False
+        for (e, f), h in downs:
+            f = {k: v.to(cast) if isinstance(v, torch.Tensor) else v for k, v in f.items() if k not in ("A", "dropout")}
             y = thin.up(y.clone() if kept else y, h, **f, rows=e.site.rows)
             kept = "gain" in f                              # its gradient is read off y
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _downs(self, x, rows, dtype):
-        """(entry, its factors), and its h = x Aᵀ. Of mates (q, k and v; gate and up) the first that is called with an x makes
-        every h in one product and leaves the others ready for that very x."""
+    def _downs(self, x, rows):
+        """The rows to give the layer itself; (entry, its factors) and its h = x Aᵀ for each. Of mates (q, k, v; gate, up) the
+        first that is called with an x makes every h in one product and leaves the others ready for that very x."""
         ready, self.ready = self.ready, _Ready()
         if ready.fits(x):
-            return ready.products
+            return ready.rows, ready.products
         if not torch.is_grad_enabled():                     # alone: the same bits whatever else there is
-            return [((e, f), thin.down(rows.to(dtype), [f["A"].to(dtype)], e.state.training and f.get("dropout"))[0])
-                    for e, f in self._factors()]
+            return rows, [((e, f), thin.down(rows, [f["A"].to(rows.dtype)], e.state.training and f.get("dropout"))[1][0])
+                          for e, f in self._factors()]
         groups = {m: m._factors() for m in [self, *self.mates]}
         kinds = defaultdict(list)                           # those with a dropout of their own are made on their own
         for e, f in (pair for pairs in groups.values() for pair in pairs):
             kinds[f.get("dropout", 0.0) if e.state.training else 0.0].append((e, f))
         made = {}
         for p, pairs in kinds.items():
-            products = thin.down(rows.to(dtype), [f["A"].to(dtype) for _, f in pairs], p)
+            rows, products = thin.down(rows, [f["A"].to(rows.dtype) for _, f in pairs], p)
             made |= {e: ((e, f), h) for (e, f), h in zip(pairs, products, strict=True)}
         for m in self.mates:
-            m.ready = _Ready(x, [made[e] for e, _ in groups[m]])
-        return [made[e] for e, _ in groups[self]]
+            m.ready = _Ready(x, rows, [made[e] for e, _ in groups[m]])
+        return rows, [made[e] for e, _ in groups[self]]
 
     def _factors(self):
         """(entry, what its low_rank says and the bias that a gain leaves out) of every thin entry."""
@@ -323,8 +325,8 @@ class Patch:
 class _Ready:
     """What was made of an input, for whoever is called with that very tensor next. A copy of a model starts without."""
 
-    def __init__(self, x=None, products=()):
-        self.x, self.products = x is not None and weakref.ref(x), products
+    def __init__(self, x=None, rows=None, products=()):
+        self.x, self.rows, self.products = x is not None and weakref.ref(x), rows, products
 
     def fits(self, x):
         return self.x and self.x() is x
@@ -334,6 +336,11 @@ class _Ready:
 
     def __reduce__(self):
         return _Ready, ()
+
+
+def _rows(site, x, P, b):
+    """A linear layer's own output for rows x: (N, d_in)."""
+    return F.linear(x, P, b) if site.layout == "linear" else torch.addmm(b, x, P)
 
 
 @contextmanager

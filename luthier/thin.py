@@ -24,10 +24,13 @@ def plain(x, y, A, B, scale=1.0, dropout=0.0, gain=None, b=None, training=False)
 
 
 def down(x, As, dropout=0.0):
-    """h of each A: (N, r)."""
+    """x, and h of each A: (N, r). The x that comes back is for the layer itself: so the gradients of both meet in one product."""
     A = As[0] if len(As) == 1 else torch.cat(As)
-    h = _Dropped.apply(x.contiguous(), A, dropout, _seed()) if dropout else x @ A.T
-    return (h,) if len(As) == 1 else h.split([len(A) for A in As], 1)
+    if dropout or x.requires_grad and torch.is_grad_enabled():
+        x, h = _Down.apply(x, A, dropout, _seed() if dropout else 0)
+    else:
+        h = x @ A.T
+    return x, (h,) if len(As) == 1 else h.split([len(A) for A in As], 1)
 
 
 def up(y, h, B, scale=1.0, rows=None, gain=None, b=None):
@@ -53,22 +56,38 @@ def _drop(x, p, seed):
     return torch.ge(bits, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(x)).mul_(x)
 
 
-class _Dropped(Function):
-    @staticmethod
-    def forward(ctx, x, A, p, seed):
-        ctx.save_for_backward(x, A)
-        ctx.how, ctx.grown = (p, seed), 1 / (1 - p) if p < 1 else 0.0       # those that stay make up for the others
-        return _drop(x, p, seed) @ (ctx.grown * A).T
+class _Down(Function):
+    """x, A -> x, drop(x) Aᵀ. The gradient of x is added to in place: none but the layer reads the x that is handed out."""
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (x, A), gx, gA = ctx.saved_tensors, None, None
+    def forward(x, A, p, seed):
+        return x.view_as(x), _drop(x, p, seed) @ (_grown(p) * A).T if p else x @ A.T      # those that stay make up for the others
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, A, *ctx.how = inputs
+        ctx.save_for_backward(x, A)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, gx, gh):
+        (x, A), p, gA = ctx.saved_tensors, ctx.how[0], None
+        if gh is None:
+            return gx, None, None, None
         if ctx.needs_input_grad[1]:
-            gA = (g.T @ _drop(x, *ctx.how)).mul_(ctx.grown)
-        if ctx.needs_input_grad[0]:
-            gx = _drop(g @ (ctx.grown * A), *ctx.how)
+            gA = _grown(p) * (gh.T @ _drop(x, *ctx.how)) if p else gh.T @ x
+        if ctx.needs_input_grad[0] and p:
+            through = _drop(gh @ (_grown(p) * A), *ctx.how)
+            gx = through if gx is None else gx + through
+        elif ctx.needs_input_grad[0]:
+            add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+            gx = gh @ A if gx is None else add(gx, gh, A)
         return gx, gA, None, None
+
+
+def _grown(p):
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 class _Gained(Function):

@@ -11,7 +11,10 @@ STORED = benchmarks.stored()
 
 
 def test_the_page_is_made_from_the_results():
-    assert (benchmarks.HERE.parent / "docs" / "benchmarks.md").read_text("utf-8") == benchmarks.page(STORED)
+    docs = benchmarks.HERE.parent / "docs"
+    assert (docs / "benchmarks.md").read_text("utf-8") == benchmarks.page(STORED)
+    assert (docs / "benchmarks.svg").read_text("utf-8").count("<svg") == 1
+    assert benchmarks.plot(STORED) == benchmarks.plot(STORED)
     assert set(STORED) <= set(benchmarks.ALL)
 
 

@@ -236,3 +236,13 @@ def test_a_method_from_outside_gets_the_fast_path():
     close(a, b)
     for u, v in zip(ga, gb, strict=True):
         close(u, v)
+
+
+def test_functional_transforms_and_batched_gradients():
+    tuned = stirred(Three().double(), "lora(at='linear', rank=2)")
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    want, = torch.autograd.grad(tuned(x).square().sum(), x)
+    close(torch.func.grad(lambda x: tuned(x).square().sum())(x.detach()), want)
+    rows = torch.autograd.functional.jacobian(tuned, x.detach())
+    close(torch.autograd.functional.jacobian(tuned, x.detach(), vectorize=True), rows)
+    close((2 * tuned(x)[..., None, None] * rows).sum((0, 1)), want)
