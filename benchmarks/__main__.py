@@ -18,9 +18,10 @@ from . import inference, rack, training, weights
 from .page import page, plot
 
 HERE = Path(__file__).parent
-ALL = {"step": training.step, "sizes": training.sizes, "activations": training.activations, "ladder": training.ladder,
-       "unmerged": inference.unmerged, "attaching": inference.attaching, "tokens": inference.merged_tokens,
-       "gptq": weights.quantise, "mixed": rack.mixes, "loading": rack.traffic, "merge": weights.merge}
+ALL = {"step": training.step, "sizes": training.sizes, "large": training.large, "activations": training.activations,
+       "ladder": training.ladder, "unmerged": inference.unmerged, "attaching": inference.attaching,
+       "tokens": inference.merged_tokens, "gptq": weights.quantise, "mixed": rack.mixes, "loading": rack.traffic,
+       "merge": weights.merge}
 
 
 def machine():
@@ -40,6 +41,9 @@ def main(names):
             sys.exit(f"No benchmark is called {name!r}. There are: {', '.join(ALL)}.")
         start = time.perf_counter()
         rows = ALL[name]()
+        if not rows:
+            print(f"{name}: not on this machine", flush=True)
+            continue
         record = {"name": name, "machine": machine(), "seconds": round(time.perf_counter() - start, 1), "rows": rows}
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1, default=float) + "\n", "utf-8")

@@ -14,14 +14,22 @@ from .common import PEER_LINEARS, clock, ids, llama, row, timed
 LIMIT = "the frozen model's forward pass and its gradient to the embeddings"
 
 
+def _attached(model, chain):
+    return luthier.attach(model, chain).train()
+
+
 def _ours(base, chain):
-    return luthier.attach(copy.deepcopy(base), chain).train()
+    return _attached(copy.deepcopy(base), chain)
+
+
+def _wrapped(model, **options):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=PEER_LINEARS, **options)).train()
 
 
 def _peer(base, **options):
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=PEER_LINEARS, **options)).train()
+    return _wrapped(copy.deepcopy(base), **options)
 
 
 def _step(model, batch):
@@ -77,9 +85,36 @@ def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch
 
 
 def sizes():
-    """The same step at other sizes, ranks and lengths."""
-    others = dict(width=384, layers=12), dict(width=768, layers=4), dict(rank=4), dict(rank=64), dict(tokens=16), dict(tokens=512)
-    return [r for other in others for r in step(rounds=9, dropouts=(0.0,), **other)]
+    """The same step at other sizes, ranks and lengths; in bf16 where the processor has matrix tiles for it."""
+    others = [dict(width=384, layers=12), dict(width=768, layers=4), dict(rank=4), dict(rank=64), dict(tokens=16),
+              dict(tokens=512)]
+    if torch.cpu._is_amx_tile_supported():
+        others.append(dict(dtype=torch.bfloat16, dropouts=(0.0, 0.05)))
+    return [r for other in others for r in step(**dict(rounds=9, dropouts=(0.0,)) | other)]
+
+
+def large(rounds=9, rows=1, tokens=1024, rank=8, dtype=torch.bfloat16, device="cuda", **config):
+    """The step of a Llama of 7B random weights on a GPU over the frozen limit, and the allocator's peak. Nothing without one."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if not torch.cuda.is_available() and device == "cuda":
+        return []
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(LlamaConfig(use_cache=False, **config), dtype=dtype).requires_grad_(False).train()
+    batch, same = ids(rows, tokens, base.config.vocab_size).to(device), {id(p): p for p in base.parameters()}
+    ours, peer = (copy.deepcopy(base, dict(same)) for _ in range(2))                   # three models over the same weights
+    fns = {"limit": _limit(base, batch), "luthier": _step(_attached(ours, f"lora(rank={rank}, at='linear -head')"), batch),
+           "peft": _step(_wrapped(peer, r=rank), batch)}
+    times, peak = clock(fns, rounds), {}
+    for name, fn in fns.items() if device == "cuda" else ():
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        peak[name] = torch.cuda.max_memory_allocated()
+    what = (f"step over the frozen limit: LoRA r{rank}, Llama {base.num_parameters() / 1e9:.2g}B, {rows} x {tokens}, "
+            f"{str(dtype).removeprefix('torch.')}")
+    figures = [f"{name} {1e3 * statistics.median(t):.0f} ms" + f", peak {peak.get(name, 0) / 2**30:.1f} GiB" * (name in peak)
+               for name, t in times.items()]
+    return [timed(what, times, "luthier", "limit", 1.10, "peft", limit=LIMIT, bytes=peak, note="; ".join(figures))]
 
 
 def activations(width=256, layers=4, rows=4, tokens=128, rank=8):

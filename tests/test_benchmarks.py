@@ -2,9 +2,10 @@
 
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import common
+from benchmarks import common, training
 from luthier import cost
 
 STORED = benchmarks.stored()
@@ -38,3 +39,9 @@ def test_a_ratio_is_taken_within_a_round(monkeypatch):
 def test_an_unknown_benchmark_is_named(tmp_path):
     with pytest.raises(SystemExit, match="No benchmark is called 'stepp'"):
         benchmarks.main(["stepp"])
+
+
+def test_the_gpu_s_benchmark_on_a_small_shape_without_one():
+    small = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, vocab_size=100)
+    row, = training.large(rounds=2, tokens=8, device="cpu", dtype=torch.float32, **small)
+    assert row["ours"] > 0 and row["bytes"] == {} and "luthier" in row["note"]
