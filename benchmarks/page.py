@@ -8,8 +8,8 @@ COLUMNS = "| what | Luthier | quartiles | peer | must be at most | |"
 def page(results):
     lines = ["# Benchmarks", "", "`make bench` runs them all again. Every figure is a ratio of two contenders that took turns",
              "in one process (or a count of bytes), in float32 where a row names no other; the spread is between quartiles.",
-             "Made by `python -m benchmarks`. Peers are those that install beside: `adapters` 1.3.0 asks for transformers 4.57, and",
-             "Luthier for 5 or newer.", "", "![each figure over what it must not exceed](benchmarks.svg)", ""]
+             "Made by `python -m benchmarks`. The peers are those that install beside: `adapters` 1.3.0 asks for transformers",
+             "4.57, and Luthier for 5 or newer.", "", "![each figure over what it must not exceed](benchmarks.svg)", ""]
     for name, r in sorted(results.items()):
         m = r["machine"]
         lines += [f"## {name}", "", f"{m['cores']} cores, {m['threads']} threads, {m['device']}, torch {m['torch']}, "
