@@ -26,7 +26,8 @@ EMBED = {"relative": r"rel_|relative", "position": r"pos|wpe", "type": r"type|se
          "dist": r"dist\w*_token", "cls": SPECIAL, "mask": r"mask"}
 ENTRY = re.compile(r"embed|stem|patch|feature_proj|norm")           # what may stand last before the blocks
 BESIDE = re.compile(r"rotary|rope|rel_|pos_(?!drop)|position|time|mask")  # what does not carry the stream
-MAJOR = {"backbone": r"backbone", "vision": r"vision|visual|image|img|pixel|^r_layers$", "text": r"text|language|^lm$",
+MAJOR = {"connector": r"^connector$|multi_?modal_projector|^(mm|vision|language)_projector$|^language_projection$",
+         "backbone": r"backbone", "vision": r"vision|visual|image|img|pixel|^r_layers$", "text": r"text|language|^lm$",
          "audio": r"audio|speech", "qformer": r"qformer", "fusion": r"fusion|multi_?modal|mm_encoder|^x_layers$",
          "perceiver": r"perceiver|resampler"}
 MINOR = {"encoder": r"encoder", "decoder": r"decoder"}
@@ -187,7 +188,8 @@ def outer_roles(leaves, stacks, modules, place, span):
             if role and (role == "embed.conv" or role in used[tower]):
                 role = next(r for n in range(99) if (r := f"{role}.{n}") not in used[tower])
             used[tower].add(role)
-            roles[x.path, param] = role, tower if role else "", s
+            tower = tower if role else "connector" if label(MAJOR, x.path) == "connector" else ""
+            roles[x.path, param] = role, tower, s
     final = [x for x, p in heads if x.matrix and p == "weight"]
     if not final and leaves and leaves[-1].matrix and "proj" not in leaves[-1].name:
         final = [x for x in leaves[-1:] if all(place[x.path] > span[s][0] for s in stacks) and not roles[x.path, "weight"][0]]

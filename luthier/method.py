@@ -39,23 +39,27 @@ VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "stream", "ar
 REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
 
 
-class Method:
-    at = ""                             # which sites: a selector, see luthier.site.find
-    watch = None                        # which sites observe() looks at; None: those it acts on; "": none, so no data is needed
-    exempt: typing.ClassVar[dict] = {}  # contract -> why this method cannot keep it; strict: a needless exemption fails
-    example: typing.ClassVar[dict] = {}  # hyperparameters for checks on tiny models, where the defaults do not suit
+class Declared:
+    """Frozen hyperparameters, checked, and written as text: what methods and bridges are."""
     limits: typing.ClassVar[dict] = {}  # hyperparameter -> (lowest, highest); else: positive where the default is positive
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _fit(type(self), f, getattr(self, f.name)))
 
-    def __rshift__(self, other):
-        return Chain((self,)) >> other
-
-    def __repr__(self):                 # only what differs from the defaults; parses back to an equal method
+    def __repr__(self):                 # only what differs from the defaults; parses back to an equal one
         said = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(said)})"
+
+
+class Method(Declared):
+    at = ""                             # which sites: a selector, see luthier.site.find
+    watch = None                        # which sites observe() looks at; None: those it acts on; "": none, so no data is needed
+    exempt: typing.ClassVar[dict] = {}  # contract -> why this method cannot keep it; strict: a needless exemption fails
+    example: typing.ClassVar[dict] = {}  # hyperparameters for checks on tiny models, where the defaults do not suit
+
+    def __rshift__(self, other):
+        return Chain((self,)) >> other
 
     @classmethod
     def has(cls, verb):
@@ -222,16 +226,16 @@ def parse(text):
         return Chain((text,))
     if isinstance(text, tuple):
         return Chain(text)
-    return _chain(_tree(text), text)
+    return _chain(tree(text), text)
 
 
 def split(text):
     """`"probe, full, lora(rank=8) >> ssf()"` -> a list of chains."""
-    tree = _tree(text)
-    return [_chain(e, text) for e in (tree.elts if isinstance(tree, ast.Tuple) else [tree])]
+    node = tree(text)
+    return [_chain(e, text) for e in (node.elts if isinstance(node, ast.Tuple) else [node])]
 
 
-def _tree(text):
+def tree(text):
     if not isinstance(text, str) or not text.strip():
         raise BadChain(f"{text!r} is not a chain. Write for example \"lora(rank=8) >> ssf()\".")
     try:
@@ -244,6 +248,12 @@ def _tree(text):
 def _chain(node, text):
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
         return _chain(node.left, text) >> _chain(node.right, text)
+    made = declared(node, text, lookup)
+    return made if isinstance(made, Chain) else Chain((made,))
+
+
+def declared(node, text, lookup):
+    """What one `name(key=value)` of a text says, its name looked up by `lookup`."""
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name):
         raise BadChain(f"{ast.unparse(node)!r} in {text!r} is not a method. Chains are method(key=value) joined by >>.")
@@ -264,8 +274,7 @@ def _chain(node, text):
     need = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty and p.name not in given]
     if need:
         raise BadChain(f"{name.id} needs {', '.join(need)}: write {name.id}({', '.join(n + '=...' for n in need)}).")
-    made = found(**given)
-    return made if isinstance(made, Chain) else Chain((made,))
+    return found(**given)
 
 
 def _fields(found):

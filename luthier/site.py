@@ -241,7 +241,8 @@ GROUPS = {
 def find(model, selector):
     """Sites that any word of the selector names, in the order data meets them.
 
-    `attn.q` is short for `block.*.attn.q`; towers may be left out; `*` never crosses a dot; `block.0-3.out`, `block.6-.out`,
+    `attn.q` is short for `block.*.attn.q`; towers may be left out, and one alone (`connector`) is every weight in it; `*` never
+    crosses a dot; `block.0-3.out`, `block.6-.out`,
     `block.-1.out`; `linear conv norm bias weights all` are groups of weight sites, of which some may be empty, and
     `block.6-.linear` is one in some blocks; `-WORD` takes sites away again (`-head` also where a model has none)."""
     every = model if isinstance(model, Sites) else sites(model)
@@ -266,6 +267,7 @@ _BLOCKS = re.compile(r"block\.-?\d+(-(-?\d+)?)?")
 def _match(every, word):
     if word in every.by_name:
         return {every.by_name[word]}
+    word += ".all" * (word in every.towers)
     tower, _, rest = word.partition(".")
     tower, rest = (tower, rest) if tower in every.towers and rest else (None, word)
     here = [s for s in every if tower in (None, s.tower)]
