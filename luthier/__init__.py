@@ -13,7 +13,7 @@ from .errors import LuthierError
 from .method import Chain, Method, discover, parse, split
 from .site import find, sites
 
-__all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "discover", "find", "load", "parse", "plan",
+__all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "bridge", "discover", "find", "load", "parse", "plan",
            "sites", "split", "switch"]
 
 
@@ -23,9 +23,11 @@ def __getattr__(name):
 
     if name == "load":
         return importlib.import_module("luthier.save").load
+    if name == "bridge":
+        return importlib.import_module("luthier.bridges").bridge
     if name == "Rack":
         return importlib.import_module("luthier.serve").Rack
-    if name in ("check", "compare", "cost", "evidence", "interop", "procedures", "save", "scenes", "serve", "systems", "tasks",
+    if name in ("bridges", "check", "compare", "cost", "evidence", "interop", "procedures", "save", "scenes", "serve", "systems", "tasks",
                 "train", "zoo"):
         return importlib.import_module(f"luthier.{name}")
     raise AttributeError(f"module 'luthier' has no attribute {name!r}")

@@ -254,7 +254,7 @@ def scan(model):
     for x in held[None][0]:
         for param in x.params:
             role, tower, s = roles[x.path, param]
-            name = f"{tower}.{role}" if tower else role
+            name = f"{tower}.{role}" if tower and role else role
             found.append(((place[x.path], 0), weight(x, role, name, modules, param, tower=tower, stack=s)))
     for s in stacks:
         start, end, width = span[s]

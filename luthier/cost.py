@@ -395,6 +395,8 @@ def shape(ref, dtype=torch.bfloat16):
 def example(model, rows=1, tokens=128):
     """One batch such as the model takes, on its device: random ids, zero pixels."""
     model = getattr(model, "base", model)
+    if hasattr(model, "example"):
+        return model.example(rows, tokens)
     config, device = getattr(model, "config", None), next(model.parameters()).device
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = getattr(model, "main_input_name", None)

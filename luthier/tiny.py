@@ -1,4 +1,4 @@
-"""Eight tiny, randomly initialised models, each of another kind, on which every method is held to its contract."""
+"""Nine tiny, randomly initialised models, each of another kind, on which every method is held to its contract."""
 
 import copy
 import functools
@@ -53,7 +53,13 @@ def _resnet(t):                          # convolutions
                                                          num_labels=5))
 
 
-MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, resnet=_resnet)
+def _bridged(t):                         # a vision model, a connector and a decoder
+    from .bridges import bridge
+
+    return bridge(_vit(t).vit, _llama(t), "limber(dropout=0.0)")
+
+
+MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, resnet=_resnet, bridged=_bridged)
 
 
 @functools.cache
@@ -89,7 +95,8 @@ def batch(name, dtype=torch.float32, seed=1):
         return dict(pixel_values=pixels)
     if name == "clip":
         return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
-    more = dict(decoder_input_ids=torch.randint(4, 64, (3, 6), generator=g)) if name == "t5" else {}
+    more = dict(decoder_input_ids=torch.randint(4, 64, (3, 6), generator=g)) if name == "t5" else \
+        dict(pixel_values=pixels) if name == "bridged" else {}
     return dict(input_ids=ids, attention_mask=mask.flip(1) if name == "bert" else mask, **more)
 
 

@@ -23,7 +23,7 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     from .compare.fit import ready
     from .train import train
 
-    out, model = Path(out), os.path.abspath(model) if os.path.isdir(model) else model
+    out, model = Path(out), zoo.lasting(model)
     if (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists():
         raise BadState(f"{out} holds a tuned model already. Choose another folder, or move it away.")
     chain, task = parse(chain), tasks.open(data, model=model, **task_options)

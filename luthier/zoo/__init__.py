@@ -1,4 +1,4 @@
-"""Pretrained models by short name, local folder, hub id or `timm:NAME`.
+"""Pretrained models by short name, local folder, hub id or `timm:NAME`; two that are bridged as `VISION+LANGUAGE[:limber(...)]`.
 
 `load(ref)` gives a plain `nn.Module` in eval mode with `module.luthier_origin` (an `Origin`: name, licence, what its input looks
 like). Nothing here runs code that came with a model: packages are located, never imported; hub code is refused; pickled weights
@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,20 +25,21 @@ from ..errors import BadState, LuthierError, UnknownName, named, nearest
 from . import cache
 from .table import HALF, IMAGENET, TABLE
 
-__all__ = ["Origin", "about", "entries", "installed", "load", "names", "processor"]
+__all__ = ["Origin", "about", "entries", "installed", "lasting", "load", "names", "paired", "processor"]
 
 
 @dataclass(frozen=True)
 class Origin:
     ref: str                   # what load() was given: load(ref) gives the same model again
     kind: str                  # "text-encoder" | "text-decoder" | "text-pair" (encoder-decoder) | "vision" | "vision-language" |
-                               # "audio" | "other"
+                               # "image-text" (reads images and text, writes text) | "audio" | "other"
     licence: str = "unknown"
     folder: str = ""           # where the tokenizer lies, if there is one
     image: dict = field(default_factory=dict)        # mean, std, sizes
     pool: str = ""
     longest: int = 10**9       # positions that the model has
     unused: tuple = ()         # keys of the file that the model has no place for
+    parts: tuple = ()          # of what is bridged: the Origins of the two
 
     def tokenizer(self):
         if not self.folder:
@@ -103,6 +105,9 @@ def about(ref):
     if isinstance(ref, nn.Module):
         return getattr(ref, "luthier_origin", None) or _describe(getattr(ref, "config", None), type(ref).__name__, "")
     ref = named(ref, "a model", UnknownName)
+    if (pair := _pair(ref)) is not None:
+        from ..bridges import parse
+        return paired(about(pair[0]), about(pair[1]), parse(pair[2]))
     if ref in TABLE:
         row = TABLE[ref]
         if row.kind == "vision":
@@ -130,6 +135,9 @@ def load(ref, dtype=None, weights=True):
         return module.eval()
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     origin, unused, ref = about(ref), (), str(ref)
+    if (pair := _pair(ref)) is not None:
+        from ..bridges import bridge
+        return bridge(*(load(one, dtype, weights) for one in pair[:2]), pair[2])
     if ref in TABLE and TABLE[ref].convert == "effnet_lite0":
         from . import convert
         module = convert.effnet_lite0(_folder(TABLE[ref]), weights).to(dtype)
@@ -141,6 +149,26 @@ def load(ref, dtype=None, weights=True):
         module, unused = _transformers(ref, ref, dtype, weights)
     module.luthier_origin = dataclasses.replace(origin, unused=unused)
     return module.eval()
+
+
+def _pair(ref):
+    """(vision, language, way) of VISION+LANGUAGE[:WAY], else None."""
+    found = re.fullmatch(r"(.+?)\+(.+?)(?::(\w+(?:\(.*\))?))?", ref)
+    return None if found is None or Path(ref).exists() else (found[1], found[2], found[3] or "limber()")
+
+
+def paired(vision, language, way):
+    """The Origin of two bridged models."""
+    licence = " + ".join(dict.fromkeys((vision.licence, language.licence)))
+    return Origin(f"{vision.ref}+{language.ref}:{way!r}", "image-text", licence, language.folder, vision.image, "", language.longest,
+                  parts=(vision, language))
+
+
+def lasting(ref):
+    """The same reference, good from any working directory."""
+    if not isinstance(ref, nn.Module) and (pair := _pair(str(ref))) is not None:
+        return f"{lasting(pair[0])}+{lasting(pair[1])}:{pair[2]}"
+    return os.path.abspath(ref) if not isinstance(ref, nn.Module) and os.path.isdir(ref) else ref
 
 
 def processor(ref):

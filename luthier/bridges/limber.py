@@ -1,0 +1,32 @@
+"""One linear map puts an image in front of the text.    h = [dropout(x W + b); E(text)],    x: (S, d), W: (d, D)
+Merullo et al., Linearly Mapping from Image to Text Space (LiMBeR), 2023. arXiv:2209.15162 §3: x are the last states of a frozen
+encoder's patches without its class token (BEIT: 196; CLIP's RN50x16: the 144 places of its last map), one prompt token each. An
+encoder that gives a vector (NF-ResNet) is mapped to k tokens by one matrix, (d, k D): `tokens=k` does so with any encoder's summary.
+Trained by the captioning loss alone.
+"""
+
+from torch import nn
+
+from .way import Way, way
+
+
+class Linear(nn.Module):
+    def __init__(self, d, D, k, p):
+        super().__init__()
+        self.map, self.dropout, self.k = nn.Linear(d, k * D), nn.Dropout(p), k
+
+    def forward(self, x):                                   # (N, S, d) -> (N, S k, D)
+        return self.dropout(self.map(x)).unflatten(-1, (self.k, -1)).flatten(1, 2)
+
+
+@way
+class limber(Way):
+    tokens: int = 0                                         # 0: one a patch
+    dropout: float = 0.1
+    limits = dict(dropout=(0, 0.9))
+
+    def states(self, seen):
+        return seen.summary[:, None] if self.tokens else seen.tokens
+
+    def connector(self, fit):
+        return Linear(fit.states[-1], fit.width, max(1, self.tokens), self.dropout)
