@@ -13,8 +13,8 @@ from .errors import LuthierError
 from .method import Chain, Method, discover, parse, split
 from .site import find, sites
 
-__all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "bridge", "discover", "find", "load", "parse", "plan",
-           "sites", "split", "switch"]
+__all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "bridge", "discover", "find", "load",
+           "parse", "plan", "sites", "split", "switch"]
 
 
 def __getattr__(name):
@@ -27,7 +27,7 @@ def __getattr__(name):
         return importlib.import_module("luthier.bridges").bridge
     if name == "Rack":
         return importlib.import_module("luthier.serve").Rack
-    if name in ("bridges", "check", "compare", "cost", "evidence", "interop", "procedures", "save", "scenes", "serve", "systems", "tasks",
-                "train", "zoo"):
+    if name in ("bridges", "check", "compare", "cost", "evidence", "interop", "procedures", "save", "scenes", "serve",
+                "systems", "tasks", "train", "zoo"):
         return importlib.import_module(f"luthier.{name}")
     raise AttributeError(f"module 'luthier' has no attribute {name!r}")

@@ -59,7 +59,8 @@ def _bridged(t):                         # a vision model, a connector and a dec
     return bridge(_vit(t).vit, _llama(t), "limber(dropout=0.0)")
 
 
-MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, resnet=_resnet, bridged=_bridged)
+MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, resnet=_resnet,
+              bridged=_bridged)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Bridges between a vision model and a language model: one small file a published way.
 
-    model = luthier.bridge("dinov2-s", "smollm2-135m", "limber()")      # an ordinary model; in text: dinov2-s+smollm2-135m:limber()
+    model = luthier.bridge("dinov2-s", "smollm2-135m", "limber()")      # in text: dinov2-s+smollm2-135m:limber()
     tuned = luthier.attach(model, 'full(at="connector") >> lora(at="text.attn.q text.attn.v")')
 
 A way is declared like a method: frozen hyperparameters and verbs, in a file of its name. Its verbs:

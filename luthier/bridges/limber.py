@@ -1,8 +1,8 @@
 """One linear map puts an image in front of the text.    h = [dropout(x W + b); E(text)],    x: (S, d), W: (d, D)
 Merullo et al., Linearly Mapping from Image to Text Space (LiMBeR), 2023. arXiv:2209.15162 §3: x are the last states of a frozen
-encoder's patches without its class token (BEIT: 196; CLIP's RN50x16: the 144 places of its last map), one prompt token each. An
-encoder that gives a vector (NF-ResNet) is mapped to k tokens by one matrix, (d, k D): `tokens=k` does so with any encoder's summary.
-Trained by the captioning loss alone.
+encoder's patches without its class token (BEIT: 196; CLIP's RN50x16: the 144 places of its last map), one prompt token each.
+An encoder that gives a vector (NF-ResNet) is mapped to k tokens by one matrix, (d, k D); `tokens=k` does so with any encoder's
+summary. Trained by the captioning loss alone.
 """
 
 from torch import nn

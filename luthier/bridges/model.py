@@ -1,5 +1,5 @@
-"""Two models made one: a vision model looks, a connector maps what it saw, a language model writes. Nothing of the two is written;
-the result is an ordinary nn.Module, so methods, training, cost and files know nothing of bridges."""
+"""Two models made one: a vision model looks, a connector maps what it saw, a language model writes. Nothing of the two is
+written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of bridges."""
 
 import inspect
 
@@ -36,8 +36,8 @@ def _eyes(model):
 
 
 class Bridged(nn.Module):
-    """vision, connector, language. Images are (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer. Logits
-    are those of the text alone; without images they are the language model's own, to the bit."""
+    """vision, connector, language. Images are (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer.
+    Logits are those of the text alone; without images they are the language model's own, to the bit."""
 
     main_input_name = "input_ids"
 
@@ -51,14 +51,14 @@ class Bridged(nn.Module):
         self.side = side or _side(vision)
         table = language.get_input_embeddings() if hasattr(language, "get_input_embeddings") else None
         if table is None or not hasattr(language, "generate") or language.get_output_embeddings() is None:
-            raise DoesNotFit(f"{type(language).__name__} writes no text: it has no word embeddings, or no head over words. Bridge to "
-                             "a decoder or encoder-decoder with its head, such as smollm2-135m.")
+            raise DoesNotFit(f"{type(language).__name__} writes no text: it has no word embeddings, or no head over words. Bridge "
+                             "to a decoder or encoder-decoder with its head, such as smollm2-135m.")
         try:
             with torch.no_grad():                           # one look says what there is to read
                 states = self.see(next(vision.parameters()).new_zeros(1, 3, self.side, self.side))[0, 0]
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DoesNotFit(f"{type(vision).__name__} does not look at images ({str(error)[:200]}). Bridge from a vision model such "
-                             "as dinov2-s.") from error
+            raise DoesNotFit(f"{type(vision).__name__} does not look at images ({str(error)[:200]}). Bridge from a vision model "
+                             "such as dinov2-s.") from error
         self.shape = tuple(states.shape)
         self.connector = self._fresh(seed)
         self.takes = frozenset(inspect.signature(language.forward).parameters)
@@ -101,7 +101,7 @@ class Bridged(nn.Module):
 
         if hasattr(self.vision, "config"):
             size, more = getattr(self.vision.config, "image_size", None), {}
-            if "interpolate_pos_encoding" in inspect.signature(self.vision.forward).parameters and size not in (None, x.shape[-1]):
+            if size not in (None, x.shape[-1]) and "interpolate_pos_encoding" in inspect.signature(self.vision.forward).parameters:
                 more["interpolate_pos_encoding"] = True
             out = self.vision(x, output_hidden_states=self.way.layers, return_dict=True, **more)
         else:
@@ -111,19 +111,19 @@ class Bridged(nn.Module):
         layers = tuple(getattr(out, "hidden_states", None) or ())
         return Seen(h[:, self.fixed:], h[:, 0] if self.fixed else h.mean(1), layers, self.fixed)
 
-    # -- in front of the text -----------------------------------------------------------------------------------------
+    # -- reading and writing ----------------------------------------------------------------------------------------
     def _inputs(self, input_ids, attention_mask, image_states, image_mask):
         """Embeddings of images and text, (B, N T + L, D), and their mask."""
         B, N = image_states.shape[:2]
         like = next(self.connector.parameters())
-        front = self.way.prompt(self.connector, image_states.flatten(0, 1).to(like.dtype)).unflatten(0, (B, N))       # (B, N, T, D)
+        front = self.way.prompt(self.connector, image_states.flatten(0, 1).to(like.dtype)).unflatten(0, (B, N))  # (B, N, T, D)
         text = self.language.get_input_embeddings()(input_ids)
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         shown = there.new_ones(B, N) if image_mask is None else image_mask.to(there)
         shown = shown[:, :, None].expand(front.shape[:3]).flatten(1)
         h, there = torch.cat([front.flatten(1, 2).to(text.dtype), text], 1), torch.cat([shown, there], 1)
         if self.writes_apart and image_mask is not None:    # an encoder knows places by order alone: padding goes behind
-            order = there.argsort(1, descending=True, stable=True)
+            order = there.argsort(stable=True, dim=1, descending=True)
             h, there = h.take_along_dim(order[:, :, None], 1), there.gather(1, order)
         return h, there
 

@@ -27,7 +27,7 @@ def way(cls):
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What a vision model makes of N images."""
-    tokens: torch.Tensor                # (N, S, d) the last states, without special tokens; S = 1 of an encoder that gives a vector
+    tokens: torch.Tensor                # (N, S, d) the last states but special tokens; S = 1 of an encoder that gives a vector
     summary: torch.Tensor               # (N, d) the class token's, or the mean where there is none
     layers: tuple = ()                  # where asked for: (N, fixed + S, d) after each layer, the embedding first
     fixed: int = 0                      # leading special tokens

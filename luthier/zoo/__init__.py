@@ -1,4 +1,4 @@
-"""Pretrained models by short name, local folder, hub id or `timm:NAME`; two that are bridged as `VISION+LANGUAGE[:limber(...)]`.
+"""Pretrained models by short name, local folder, hub id or `timm:NAME`; two bridged ones as `VISION+LANGUAGE[:limber(...)]`.
 
 `load(ref)` gives a plain `nn.Module` in eval mode with `module.luthier_origin` (an `Origin`: name, licence, what its input looks
 like). Nothing here runs code that came with a model: packages are located, never imported; hub code is refused; pickled weights
@@ -160,8 +160,8 @@ def _pair(ref):
 def paired(vision, language, way):
     """The Origin of two bridged models."""
     licence = " + ".join(dict.fromkeys((vision.licence, language.licence)))
-    return Origin(f"{vision.ref}+{language.ref}:{way!r}", "image-text", licence, language.folder, vision.image, "", language.longest,
-                  parts=(vision, language))
+    return Origin(f"{vision.ref}+{language.ref}:{way!r}", "image-text", licence, language.folder, vision.image,
+                  longest=language.longest, parts=(vision, language))
 
 
 def lasting(ref):
