@@ -221,10 +221,9 @@ class Tuned(nn.Module):
                 self._host.add(Entry(self._owner, m, twin, st, module=s.module, param=s.param))
             return
         key = f"{i}:{type(m).__name__}@{s.name}".replace(".", "/")
-        if state is None:
-            made = call(m, "init", site=bound, seen=seen)
-        else:
-            made = state(key, lambda: call(m, "init", site=bound, seen=seen))
+        def init():
+            return call(m, "init", site=bound, seen=seen, rows=slice(None))
+        made = init() if state is None else state(key, init)
         if made is None:
             return
         for n, v in made.items():                           # a tensor shared by sites stays one object
@@ -423,9 +422,7 @@ class Tuned(nn.Module):
     def merge(self):
         """Write the change into new weights that take the base ones' place. The base tensors are kept, so undo stays exact."""
         self._check_stepped()
-        for m in self.chain:
-            if not m.has("weight") or m.has("stream") or m.has("attend") or m.has("around"):
-                raise NotMergeable(f"{type(m).__name__} changes the running model, not a weight; keep it attached.")
+        mergeable(self.chain)
         mine = [(module, p) for module, p in self._host.patches.items() if any(e.owner is self._owner for e in p.entries)]
         for _, patch in mine:
             for e in patch.entries:
@@ -519,6 +516,13 @@ class Tuned(nn.Module):
 
     def extra_repr(self):
         return f"{self.chain!r}, name={self.name!r}"
+
+
+def mergeable(chain):
+    """Refuses what is no change of weights."""
+    for m in chain:
+        if not m.has("weight") or m.has("stream") or m.has("attend") or m.has("around"):
+            raise NotMergeable(f"{type(m).__name__} changes the running model, not a weight; keep it attached.")
 
 
 def _frozen(tensor):

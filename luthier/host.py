@@ -282,21 +282,9 @@ class Patch:
 
     def tensors(self, param, entries):
         """The module's parameter `param` and its bias (None stays None unless a method sets one) after these entries."""
-        entries = [e for e in entries if e.param == param]
         bias = self.bias(param)
-        P, b = fetch(self.module, param), fetch(self.module, bias) if bias else None
-        for e in entries:
-            s, have = e.site, {"p": e.p}
-            if not e.method.discards():
-                have["W"] = s.read(P)
-            if e.sets_bias:
-                full = b if b is not None else P.new_zeros(s.whole(P).shape[0])
-                W, new = call(e.method, "weight", b=s.read_b(full), **have)
-                b = None if new is None else s.write_b(full, new)
-            else:
-                W = call(e.method, "weight", **have)
-            P = s.write(P, W)
-        return P, b
+        return composed(fetch(self.module, param), fetch(self.module, bias) if bias else None,
+                        [e for e in entries if e.param == param])
 
     def bias(self, param):
         """The name of the bias that belongs to a parameter of this module, "" where there is none."""
@@ -320,6 +308,22 @@ class Patch:
         with shadowed(m, new):
             y = self._base(*args, **kwargs)
         return y if extra is None else y + extra
+
+
+def composed(P, b, entries):
+    """A stored tensor (or some of its rows) and its bias after the weight verbs of these entries, out of place."""
+    for e in entries:
+        s, have = e.site, {"p": e.p}
+        if not e.method.discards():
+            have["W"] = s.read(P)
+        if e.sets_bias:
+            full = b if b is not None else P.new_zeros(s.whole(P).shape[0])
+            W, new = call(e.method, "weight", b=s.read_b(full), **have)
+            b = None if new is None else s.write_b(full, new)
+        else:
+            W = call(e.method, "weight", **have)
+        P = s.write(P, W)
+    return P, b
 
 
 class _Ready:

@@ -103,6 +103,11 @@ class Site:
         return new if self.index is None else _put(b, (self.index, self.index + 1), new[None])
 
     @property
+    def sliced(self):
+        """Whether rows of (d_out, d_in) are rows of the stored tensor, nothing between them."""
+        return self.rows is None and self.index is None and not self.turned and self.parameter.dim() > 0
+
+    @property
     def parameter(self):
         return _get(self.module, self.param)
 

@@ -1,19 +1,30 @@
-"""Task vectors: what experts changed, τ = W_expert - W, read site by site from
+"""Task vectors: what experts changed, τ = W_expert - W, read a few rows of a site at a time from
 
     a folder that save() wrote with whole weights in it (a full fine-tune)
     a folder with a plain model's *.safetensors
     one .safetensors file of name -> weight, where names are parameters or sites
+
+Files are read by position into memory of our own, so no page of theirs stays with the process.
 """
 
 import functools
+import itertools
+import json
+import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from luthier.errors import BadChain, BadState, WrongBase, nearest
+
+PART = 1 << 16                             # entries that are worked on at a time, so that they stay in the cache
+EVERY = 256                                # of so many parts, one says where a cut will about be
 
 
 def located(experts):
@@ -29,79 +40,192 @@ def near(model, folder):
     return {"experts": tuple(files)}
 
 
-def vectors(site, expert):
-    """(τ: (d_out, d_in), τ_b: (d_out,) or None), in single precision at least."""
-    wide = torch.promote_types(site.W.dtype, torch.float32)
-    W, b = site.W.to(wide), None if site.b is None else site.b.to(wide)
-    new, new_b = _read(expert, site)
-    _same(expert, site, "weight", new, W)
-    if b is not None and new_b is not None:
-        _same(expert, site, "bias", new_b, b)
-    return new.to(W) - W, None if b is None else torch.zeros_like(b) if new_b is None else new_b.to(b) - b
+def vectors(site, expert, rows=slice(None)):
+    """(τ: (d_out, d_in), τ_b: (d_out,) or None), in single precision at least; of a sliced site some rows alone."""
+    W, b = site.W[rows], None if site.b is None else site.b[rows]
+    wide = torch.promote_types(W.dtype, torch.float32)
+    new, new_b = _read(expert, site, rows)
+    return _minus(new, W, wide), None if b is None else torch.zeros_like(b, dtype=wide) if new_b is None else _minus(new_b, b, wide)
 
 
-def cut(site, expert, density):
-    """The smallest |τ| among the `density` share of an expert's entries that it changed most, over all sites of the step."""
+def _minus(new, own, wide):
+    return new.to(own.device, wide).sub_(own.to(wide))      # what was read is ours to write on
+
+
+def parts(site, rows=slice(None), size=PART):
+    """Slices of about `size` entries that cover these rows of a site; the whole where it is not sliced."""
+    if not site.sliced:
+        return [slice(None)]
+    n, d = site.W.shape
+    low, high, _ = rows.indices(n)
+    step = max(1, size // max(d, 1))
+    return [slice(k, min(k + step, high)) for k in range(low, high, step)]
+
+
+def cut(site, experts, density):
+    """expert -> the smallest |τ| among the `density` share of its entries that it changed most, over all sites of the step."""
+    places = site.pool.get("sites", (site,))
+
+    def one(expert):
+        def pieces(every=1):
+            for s, rows in itertools.islice(((s, r) for s in places for r in parts(s)), 0, None, every):
+                for t in vectors(s, expert, rows):
+                    if t is not None:
+                        yield t.to("cpu", wide).reshape(-1).abs_().numpy().view(bits)
+
+        n = sum(s.W.numel() + (0 if s.b is None else s.b.numel()) for s in places)
+        wide = functools.reduce(torch.promote_types, (s.W.dtype for s in places), torch.float32)
+        bits, k = np.int32 if wide == torch.float32 else np.int64, round(density * n)
+        return float(kth(pieces, n, k, bits).view(np.float32 if bits is np.int32 else np.float64)) if k else math.inf
+
     def make():
-        parts = [t for s in site.pool.get("sites", (site,)) for t in vectors(s, expert) if t is not None]
-        every = torch.cat([t.reshape(-1).abs() for t in parts])
-        k = round(density * len(every))
-        return every.kthvalue(len(every) - k + 1).values if k else every.new_tensor(float("inf"))
-    return site.shared(("cut", expert, density), make)
+        each = list(dict.fromkeys(experts))
+        with ThreadPoolExecutor(max(1, min(len(each), torch.get_num_threads()))) as pool:
+            return dict(zip(each, pool.map(one, each), strict=True))
+    return site.shared(("cut", experts, density), make)
+
+
+def kth(pieces, n, k, bits):
+    """The k-th largest of the n whole numbers >= 0 that pieces() yields, array by array, without holding them: a sample says
+    between which two it will lie; a pass counts what is above and keeps what is between, or of too many a finer sample.
+    (A float >= 0 is ordered as its bits are, so this is exact for floats too; NaN counts as the largest.)"""
+    sample, low, high, most = np.sort(np.concatenate(list(pieces(EVERY)))), 0, np.iinfo(bits).max, n // 64 + PART
+    at, wide = len(sample) * (n - k) // n, len(sample) // 256 + 64
+    while True:
+        a = max(low, int(sample[at - wide])) if at >= wide else low
+        b = min(high, int(sample[at + wide])) if at + wide < len(sample) else high
+        a, b = min(a, high), max(b, low)
+        kept, every, above, least = [], 1, 0, 0
+        for v in pieces():
+            over, reach = v > b, v >= a
+            above, least = above + np.count_nonzero(over), least + np.count_nonzero(reach)
+            if a < b:
+                kept.append(v[over ^ reach][::every])
+                if (least - above) // every > most:
+                    kept, every = [np.concatenate(kept)[::2].copy()], 2 * every
+        if above < k <= least:
+            if a == b:
+                return bits(a)
+            kept = np.concatenate(kept)
+            if every == 1:
+                return np.partition(kept, least - k)[least - k]
+            sample, low, high = np.sort(kept), a, b
+            at, wide = len(sample) * (least - k) // (least - above), len(sample) // 256 + 64
+        elif k <= above:
+            low, wide = b + 1, 8 * wide
+        else:
+            high, wide = a - 1, 8 * wide
+
+
+def total(τ):
+    """Their sum, added one after the other: the same bits however many entries there are."""
+    out = torch.zeros_like(τ[0])
+    for t in τ:
+        out += t
+    return out
 
 
 def elect(τ):
-    """(E, …) -> (…): the sign with more mass, then the mean over the experts that have it; where they balance, nothing."""
-    agree = (τ.sign() == τ.sum(0).sign()) & (τ != 0)
-    return (τ * agree).sum(0) / agree.sum(0).clamp(min=1)
+    """E of shape (…) -> (…): the sign with more mass, then the mean over the experts that have it; where they balance, nothing."""
+    sign, n, out = total(τ).sign_(), torch.zeros_like(τ[0]), torch.zeros_like(τ[0])
+    for t in τ:
+        agree = (t * sign).gt_(0)                           # 1 where it has that sign, else 0
+        n += agree
+        out += agree.mul_(t)
+    return out.div_(n.clamp_(min=1))
 
 
-def merged(site, method, thin, combine):
-    """State: one merged τ (and τ_b) of what `thin(number, expert, what, τ)` leaves of each expert."""
+def merged(site, method, thin, combine, rows=slice(None)):
+    """State: one merged τ (and τ_b) of what `thin(number, expert, what, τ, rows)` leaves of each expert, which it may change."""
     experts = method.experts
     if not experts:
         raise BadChain(f"{method!r} has no experts to combine. Name tuned models: experts=(\"runs/a\", \"runs/b\").")
     if not site.parameter.is_floating_point():
         return None
-    found, state = [vectors(site, e) for e in experts], {}
-    for k, (what, like) in enumerate({"tau": site.W, "tau_b": site.b}.items()):
-        if like is not None:
-            state[what] = combine(torch.stack([thin(i, e, what, found[i][k]) for i, e in enumerate(experts)])).to(like)
+    like = {"tau": site.W[rows]} | ({} if site.b is None else {"tau_b": site.b[rows]})
+    state, first = {what: torch.empty_like(t, memory_format=torch.contiguous_format) for what, t in like.items()}, rows.start or 0
+    for part in parts(site, rows):
+        found = [vectors(site, e, part) for e in experts]
+        here = part if part == slice(None) else slice(part.start - first, part.stop - first)
+        for k, (what, made) in enumerate(state.items()):
+            made[here] = combine([thin(i, e, what, found[i][k], part) for i, e in enumerate(experts)])
     return state
 
 
 # -- files ----------------------------------------------------------------------------------------------------
 
 
-def _read(expert, site):
-    table = _table(expert, _stamp(expert))
+class Stored(NamedTuple):
+    """A tensor in a file, or one row of a stack of them."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple
+    start: int
+
+    def read(self, rows=slice(None)):
+        shape, start = self.shape, self.start
+        if rows != slice(None):
+            low, high, _ = rows.indices(shape[0])
+            shape = (high - low, *shape[1:])
+            start += low * math.prod(shape[1:]) * self.dtype.itemsize
+        t = torch.empty(shape, dtype=self.dtype)
+        data, got = memoryview(t.reshape(-1).view(torch.uint8).numpy()), 0
+        with open(self.file, "rb", buffering=0) as f:
+            f.seek(start)
+            while got < len(data):
+                n = f.readinto(data[got:])
+                if not n:
+                    raise BadState(f"{self.file} was cut short while it was read. Copy or save the expert again.")
+                got += n
+        return t
+
+
+def _read(expert, site, rows):
+    table = site.shared(("experts", expert), lambda: _table(expert, _stamp(expert)))
     if (site.name, "W") in table:
-        return _tensor(table[site.name, "W"]), _tensor(table.get((site.name, "b")))
+        return _whole(expert, site, rows, table[site.name, "W"], table.get((site.name, "b")))
     stored = [_key(table, f"{site.path}.{own}".lstrip(".")) if own else None for own in (site.param, site.bias)]
     if stored[0] is None and site.name in table:
-        return _tensor(table[site.name]), _tensor(table.get(f"{site.name}.bias"))
+        return _whole(expert, site, rows, table[site.name], table.get(f"{site.name}.bias"))
     for key, own in zip(stored, (site.param, site.bias), strict=True):
         if own and key is None:
             names = [k if isinstance(k, str) else k[0] for k in table]
             raise BadState(f"{expert} holds nothing for {site.name} ({site.path}.{own}). {nearest(site.name, names)} "
                            f"Leave the site out with at=\"all -{site.name}\", or give an expert that has it.")
-    W, b = (None if key is None else _tensor(table[key]) for key in stored)
+    W, b = (None if key is None else table[key] for key in stored)
     if W.shape != site.parameter.shape:
         raise WrongBase(f"{expert}: {stored[0]} is {list(W.shape)}, and {list(site.parameter.shape)} in this model "
                         f"({site.name}). Experts must be tuned from this very base.")
-    return site.read(W), None if b is None else site.read_b(b)
+    if rows == slice(None):
+        return site.read(W.read()), None if b is None else _same(expert, site, "bias", site.read_b(b.read()), site.b)
+    if b is not None:
+        _same(expert, site, "bias", b, site.b)
+    new = W.read(rows)
+    return new.reshape(len(new), -1), None if b is None else b.read(rows)
+
+
+def _whole(expert, site, rows, W, b):
+    """Of what is stored as (d_out, d_in)."""
+    _same(expert, site, "weight", W, site.W)
+    if b is not None and site.b is not None:
+        _same(expert, site, "bias", b, site.b)
+    return W.read(rows), None if b is None or site.b is None else b.read(rows)
 
 
 def _key(table, name):
     """The parameter's own name, or the one key that is its name with or without a wrapper's prefix."""
+    if name in table:
+        return name
     found = [k for k in table if isinstance(k, str) and (k.endswith("." + name) or name.endswith("." + k))]
-    return name if name in table else found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
 def _same(expert, site, what, new, own):
     if new.shape != own.shape:
         raise WrongBase(f"{expert}: the {what} of {site.name} is {list(new.shape)} there and {list(own.shape)} here. "
                         "Experts must be tuned from this very base; leave sites that differ out with at=\"all -SITE\".")
+    return new
 
 
 def _stamp(expert):
@@ -116,30 +240,36 @@ def _stamp(expert):
 
 @functools.lru_cache(maxsize=32)
 def _table(expert, stamp):
-    """name -> (file, key, row): site name with "W" or "b" for what save() wrote, else the file's own names."""
+    """name -> Stored: site name with "W" or "b" for what save() wrote, else the file's own names."""
     if (Path(expert) / "recipe.json").exists():
         from luthier.save import STATE, read
-        recipe, file = read(expert), str(Path(expert) / STATE)
-        table = {(step["sites"][j], t["name"]): (file, key, None if t["shared"] else row)
+        recipe, there = read(expert), _tensors(str(Path(expert) / STATE))
+        table = {(step["sites"][j], t["name"]): there[key] if t["shared"] else _row(there[key], row)
                  for step in recipe["steps"] for key, t in step["tensors"].items() if t["name"] in ("W", "b")
                  for row, j in enumerate(t["of"])}
         if not any(name == "W" for _, name in table):
             raise BadState(f"{expert} holds changes ({recipe['chain']}), no whole weights. Make a model of it first: "
                            f"`luthier merge {expert} --out MODEL_DIR`, and give that folder.")
         return table
-    table = {}
-    for file, *_ in stamp:
-        try:
-            with safe_open(file, "pt") as f:
-                table |= {k: (file, k, None) for k in f.keys()}
-        except (SafetensorError, OSError) as e:
-            raise BadState(f"{file} is no whole safetensors file ({e}). Copy or save the expert again.") from e
-    return table
+    return {k: t for file, *_ in stamp for k, t in _tensors(file).items()}
 
 
-def _tensor(entry):
-    if entry is None:
-        return None
-    file, key, row = entry
-    with safe_open(file, "pt") as f:
-        return f.get_tensor(key) if row is None else f.get_slice(key)[row]
+def _row(t, row):
+    return Stored(t.file, t.dtype, t.shape[1:], t.start + row * math.prod(t.shape[1:]) * t.dtype.itemsize)
+
+
+def _tensors(file):
+    """name -> Stored, of a file that safetensors itself finds whole."""
+    from luthier.save import DTYPES as common
+
+    dtypes = common | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    try:
+        with safe_open(file, "pt") as f:
+            names = set(f.keys())
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise BadState(f"{file} is no whole safetensors file ({e}). Copy or save the expert again.") from e
+    return {k: Stored(file, dtypes[t["dtype"]], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+            for k, t in header.items() if k in names and t["dtype"] in dtypes}

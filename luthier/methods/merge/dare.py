@@ -10,15 +10,23 @@ from typing import Literal
 import torch
 
 from luthier.method import Method, method
-from luthier.methods.merge._experts import elect, located, merged, near
+from luthier.methods.merge._experts import elect, located, merged, near, total
 
-COMBINE = {"mean": lambda τ: τ.mean(0), "sum": lambda τ: τ.sum(0), "elect": elect}
+COMBINE = {"mean": lambda τ: total(τ) / len(τ), "sum": total, "elect": elect}
 
 
-def mask(seed, number, what, shape, drop):
-    """Which entries of an expert survive: the same ones on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{number}/{what}".encode(), digest_size=7).digest()
-    return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little"))) >= drop
+def mask(seed, number, what, shape, drop, row=0, of=0, pool=None):
+    """Which entries of an expert survive: the same ones on every machine. As many rows as `shape` says, from `row` on, `of` so
+    many; pool: where the draw before this one left its generator."""
+    key, pool = f"{seed}/{number}/{what}", {} if pool is None else pool
+    at, g = pool.pop(("mask", key), (None, None))
+    if at != row:
+        g = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little"))
+        torch.rand(row, *shape[1:], generator=g)
+    kept = torch.rand(shape, generator=g) >= drop
+    if row + shape[0] < of:
+        pool["mask", key] = row + shape[0], g
+    return kept
 
 
 @method
@@ -38,11 +46,12 @@ class dare(Method):
         super().__post_init__()
         object.__setattr__(self, "experts", located(self.experts))
 
-    def init(self, site):
-        def thin(number, expert, what, τ):
-            keep = mask(self.seed, number, f"{site.name}/{what}", τ.shape, self.drop).to(τ)
+    def init(self, site, rows=slice(None)):
+        def thin(number, expert, what, τ, rows):
+            draw = dict(row=rows.start or 0, of=len(site.W), pool=site.pool)
+            keep = mask(self.seed, number, f"{site.name}/{what}", τ.shape, self.drop, **draw).to(τ)
             return τ * keep / (1 - self.drop) if self.rescale and self.drop < 1 else τ * keep
-        return merged(site, self, thin, COMBINE[self.combine])
+        return merged(site, self, thin, COMBINE[self.combine], rows)
 
     def weight(self, W, p, b):             # (d_out, d_in)
         return W + self.scale * p.tau, b + self.scale * p.tau_b if hasattr(p, "tau_b") else None

@@ -23,10 +23,10 @@ class ties(Method):
         super().__post_init__()
         object.__setattr__(self, "experts", located(self.experts))
 
-    def init(self, site):
-        def trim(number, expert, what, τ):
-            return τ * (τ.abs() >= cut(site, expert, self.density))
-        return merged(site, self, trim, elect)
+    def init(self, site, rows=slice(None)):
+        def trim(number, expert, what, τ, rows):
+            return τ.mul_(τ.abs().ge_(cut(site, self.experts, self.density)[expert]))
+        return merged(site, self, trim, elect, rows)
 
     def weight(self, W, p, b):             # (d_out, d_in)
         return W + self.scale * p.tau, b + self.scale * p.tau_b if hasattr(p, "tau_b") else None
