@@ -14,7 +14,7 @@ from .method import Chain, Method, discover, parse, split
 from .site import find, sites
 
 __all__ = ["Chain", "LuthierError", "Method", "Rack", "Tuned", "attach", "attached", "bridge", "discover", "find", "load",
-           "parse", "plan", "sites", "split", "switch"]
+           "merge", "parse", "plan", "sites", "split", "switch"]
 
 
 def __getattr__(name):
@@ -25,6 +25,8 @@ def __getattr__(name):
         return importlib.import_module("luthier.save").load
     if name == "bridge":
         return importlib.import_module("luthier.bridges").bridge
+    if name == "merge":
+        return importlib.import_module("luthier.merging").merge
     if name == "Rack":
         return importlib.import_module("luthier.serve").Rack
     if name in ("bridges", "check", "compare", "cost", "evidence", "interop", "procedures", "save", "scenes", "serve",

@@ -167,7 +167,8 @@ def _fsync(path):
 
 
 def write(folder, files):
-    """Put `files` (name -> a function that writes the file at a path) into `folder`, all of them or none."""
+    """Put `files` (name -> a function that writes the file at a path; or one function that fills a folder) into `folder`, all of
+    them or none."""
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
         raise BadState(f"{folder} is a file. Give the name of a folder to save into.")
@@ -181,9 +182,12 @@ def write(folder, files):
             if stale == part or not _alive(stale.name.rsplit("-", 1)[1]):
                 shutil.rmtree(stale, ignore_errors=True)
         part.mkdir(parents=True)
-        for name, put in files.items():
+        for name, put in files.items() if isinstance(files, dict) else ():
             put(part / name)
-            _fsync(part / name)
+        if not isinstance(files, dict):
+            files(part)
+        for path in part.iterdir():
+            _fsync(path)
         _fsync(part)
         os.rename(part, folder if fresh else folder / NEXT)
         _fsync(folder.parent if fresh else folder)
@@ -299,7 +303,19 @@ def _check_tensors(path, recipe):
 
 def load(model, folder, name=None):
     """Attach what `folder` holds to `model`, the base it was made for. If anything is wrong the model stays as it was."""
-    from .attach import attach, base_of, plan
+    from .attach import attach
+
+    recipe, chain, state = contents(model, folder)
+    k, total = recipe["stepped"]
+    tuned = attach(model, chain, seed=recipe["seed"], name=name, state=state)
+    tuned.k, tuned.total_steps, tuned.extra = k, total, recipe["extra"]
+    return tuned
+
+
+def contents(model, folder, lazy=False):
+    """(recipe, chain, what hands each site its state) of what `folder` holds for `model`, its base; lazy: tensors stay in the file
+    until they are asked for."""
+    from .attach import base_of, plan
     from .host import Host
     from .method import parse
 
@@ -322,11 +338,18 @@ def load(model, folder, name=None):
             raise WrongBase(f"{folder} was trained on top of {' and '.join(recipe['on']) or 'the bare base'}; this model carries "
                             f"{' and '.join(under) or 'nothing'}. Load or attach the same below it first.")
         with safe_open(Path(folder) / STATE, "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-        k, total = recipe["stepped"]
-        tuned = attach(model, chain, seed=recipe["seed"], name=name, state=_Filler(folder, recipe, tensors, chain, found))
-    tuned.k, tuned.total_steps, tuned.extra = k, total, recipe["extra"]
-    return tuned
+            tensors = {k: _Slice(f, k) if lazy else f.get_tensor(k) for k in f.keys()}
+    return recipe, chain, _Filler(folder, recipe, tensors, chain, found)
+
+
+class _Slice:
+    """A stored tensor that is read when it is asked for; the file stays open as long."""
+
+    def __init__(self, file, key):
+        self.file, self.key = file, key
+
+    def __getitem__(self, at):
+        return self.file.get_slice(self.key)[at] if at is not ... else self.file.get_tensor(self.key)
 
 
 def _same_base(base, recipe, folder):
@@ -368,7 +391,7 @@ class _Filler:
     def _tensor(self, k, t, j, device):
         if t["shared"]:                    # one object for all its sites
             if (k, device) not in self.shared:
-                self.shared[k, device] = self._of(self.tensors[k].to(device), t)
+                self.shared[k, device] = self._of(self.tensors[k][...].to(device), t)
             return self.shared[k, device]
         return self._of(self.tensors[k][t["of"].index(j)].clone().to(device), t)
 

@@ -49,6 +49,12 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
 
 def reopen(folder):
     """The task of a folder that `tune` wrote, and its model with the tuned state attached."""
+    task, model = _base(folder)
+    return task, save.load(model, folder).eval()
+
+
+def _base(folder):
+    """The task of a folder that `tune` wrote, and its model as it was before."""
     from . import tasks
 
     recipe = save.read(folder)
@@ -56,8 +62,7 @@ def reopen(folder):
         raise BadState(f"{folder} was saved from Python without its task, so nobody knows how to read an input. In Python, use "
                        "luthier.load(model, folder); or tune with `luthier tune`.")
     task = tasks.restore(recipe["extra"]["task"])
-    model = task.build(seed=recipe["extra"].get("seed", 0))
-    return task, save.load(model, folder).eval()
+    return task, task.build(seed=recipe["extra"].get("seed", 0))
 
 
 def inputs(task, source):
@@ -91,47 +96,27 @@ def inputs(task, source):
 
 def export(folder, out):
     """Write the merged model into `out` as its own library saves it; returns the names of the files."""
+    from .merging import plain, written
     from .tasks import Headed
 
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise BadState(f"{out} is not empty. Give a new folder for the merged model.")
-    task, tuned = reopen(folder)
-    tuned.merge()
-    model = tuned.model
+    task, model = _base(folder)
+    recipe, chain, state = save.contents(model, folder, lazy=True)
     headed = isinstance(model, Headed)
-    body = model.backbone if headed else model
-    out.mkdir(parents=True, exist_ok=True)
-    with zoo.quiet():
-        how = _plain(body, out)
-    if task.options.get("tokenizer") or task.kind != "image-classification":
-        task.tokenizer.save_pretrained(out)
-    if headed:
-        from safetensors.torch import save_file
 
-        save_file({k: v.contiguous().clone() for k, v in model.head.state_dict().items()}, out / "head.safetensors")
-        (out / "head.json").write_text(json.dumps({"pool": model.pool, **task.spec()}, indent=1, ensure_ascii=False) + "\n",
-                                       "utf-8")
-    (out / "README.md").write_text(_card(task, tuned, model, how, headed), "utf-8")
-    return sorted(p.name for p in out.iterdir())
+    def put(place, save_file):
+        with zoo.quiet():
+            how = plain(model.backbone if headed else model, place, save_file).format(Path(out).name)
+        if task.options.get("tokenizer") or task.kind != "image-classification":
+            task.tokenizer.save_pretrained(place)
+        if headed:
+            save_file(model.head.state_dict(), place / "head.safetensors")
+            (place / "head.json").write_text(json.dumps({"pool": model.pool, **task.spec()}, indent=1, ensure_ascii=False) + "\n",
+                                             "utf-8")
+        (place / "README.md").write_text(_card(task, chain, model, how, headed), "utf-8")
+    return written(model.eval(), chain, out, put, seed=recipe["seed"], state=state)
 
 
-def _plain(body, out):
-    """Save a module as its library does; returns the line of Python that loads it."""
-    if hasattr(body, "save_pretrained"):
-        body.save_pretrained(out)
-        return f"transformers.{type(body).__name__}.from_pretrained(\"{out.name}\")"
-    from safetensors.torch import save_file
-
-    config = getattr(body, "pretrained_cfg", None)
-    save_file({k: v.contiguous().clone() for k, v in body.state_dict().items()}, out / "model.safetensors")
-    if config:
-        name = config.get("architecture") or type(body).__name__
-        return f"timm.create_model(\"{name}\", num_classes=0, checkpoint_path=\"{out.name}/model.safetensors\")"
-    return "model.load_state_dict(safetensors.torch.load_file(\"model.safetensors\"))"
-
-
-def _card(task, tuned, model, how, headed):
+def _card(task, chain, model, how, headed):
     licence = getattr(getattr(model, "luthier_origin", None), "licence", "unknown")
     head = f"""
 The task's head is a linear layer in `head.safetensors`: `logits = head(pool(hidden))`, pool = `{model.pool}`; labels and all else
@@ -139,7 +124,7 @@ that is needed to read its output are in `head.json`.
 """ if headed else ""
     return f"""# {task.model}, tuned by Luthier
 
-`{tuned.chain!r}` for {task.kind}, merged into the weights: a plain model, nothing of Luthier is needed to load it.
+`{chain!r}` for {task.kind}, merged into the weights: a plain model, nothing of Luthier is needed to load it.
 
     {how}
 {head}

@@ -171,14 +171,18 @@ class Stored(NamedTuple):
             start += low * math.prod(shape[1:]) * self.dtype.itemsize
         t = torch.empty(shape, dtype=self.dtype)
         data, got = memoryview(t.reshape(-1).view(torch.uint8).numpy()), 0
-        with open(self.file, "rb", buffering=0) as f:
-            f.seek(start)
-            while got < len(data):
-                n = f.readinto(data[got:])
-                if not n:
-                    raise BadState(f"{self.file} was cut short while it was read. Copy or save the expert again.")
-                got += n
+        try:
+            with open(self.file, "rb", buffering=0) as f:
+                f.seek(start)
+                while got < len(data):
+                    got += f.readinto(data[got:]) or _short()
+        except OSError as e:
+            raise BadState(f"{self.file} cannot be read to its end ({e.strerror or e}). Copy or save the expert again.") from e
         return t
+
+
+def _short():
+    raise OSError("it was cut short meanwhile")
 
 
 def _read(expert, site, rows):
