@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from . import save, tiny
 from .attach import attach, attached
 from .errors import BadOrder, DoesNotFit, LuthierError, NoSuchSite, NotMergeable, nearest
+from .merging import Merged, NeedsAll
 from .method import Chain, discover, lookup, parse
 
 TOL = {torch.float32: 2e-5, torch.bfloat16: 5e-2}          # of the largest output; the only tolerances there are
@@ -265,6 +267,30 @@ def merge_equals_forward(c):
     c.close(run(c.model, c.batch), y, "the merged model by itself differs")
     tuned.unmerge()
     assert torch.equal(run(tuned, c.batch), y), "unmerging did not bring back the same output"
+
+
+@check
+def written_equals_merged(c):
+    """What is written to disk site by site, without attaching, is to the bit what merging in memory gives."""
+    tuned = c.attach()
+    tuned.save(c.folder / "tuned")
+    try:
+        tuned.merge()
+    except NotMergeable:
+        return "does not merge"
+    want, names, fixed = {n: p.detach() for n, p in c.model.named_parameters()}, [], not tuned.trainable()
+    tuned.detach()
+    recipe, chain, state = save.contents(c.model, c.folder / "tuned", lazy=True)
+    for state in (state, None) if fixed and not any(m.observes for m in chain) else (state,):     # from its file, and made anew
+        try:
+            lean = Merged(c.model, chain, recipe["seed"], state, size=300)
+            lean.save_file(dict(c.model.named_parameters()), c.folder / "written.safetensors")
+            lean.check()
+        except NeedsAll:
+            return "merges in memory only"
+        with safe_open(c.folder / "written.safetensors", "pt") as f:
+            names = [n for n in f.keys() if not torch.equal(f.get_tensor(n), want[n])]
+        assert not names, f"{', '.join(names[:3])} differ"
 
 
 @check

@@ -266,14 +266,20 @@ def _predictions(given, found, as_json):
         print(f"{name}\t{shown}" if len(given) > 1 else shown)
 
 
-@command(arg("folder", metavar="DIR", help="what `luthier tune` wrote"),
+@command(arg("folder", metavar="DIR", help="what `luthier tune` wrote; with --with, a base model"),
+         arg("--with", dest="chain", metavar="CHAIN", help="what to merge into the base model DIR as it is, such as "
+                                                           "\"ties(experts=('a', 'b', 'c'))\""),
          arg("--out", required=True, metavar="MODEL_DIR", help="a new folder for the plain model"), IMPORT, JSON)
 def merge(a):
-    """write the tuned model as a plain one that any other tool loads"""
-    _include(a)
-    from .tune import export
+    """write the tuned model as a plain one that any other tool loads
 
-    files = export(a.folder, a.out)
+    luthier merge tuned --out plain
+    luthier merge minilm --with "ties(experts=('runs/a', 'runs/b', 'runs/c'))" --out blend
+    """
+    _include(a)
+    from .tune import blend, export
+
+    files = blend(a.folder, a.chain, a.out) if a.chain else export(a.folder, a.out)
     print(json.dumps(files) if a.json else f"{a.out}: {', '.join(files)}")
 
 

@@ -99,8 +99,8 @@ class NeedsAll(Exception):
 class Merged:
     """What a model's tensors become when a chain is merged into it, made when they are written."""
 
-    def __init__(self, model, chain, seed=0, state=None):
-        self.todo = plan(model, chain)
+    def __init__(self, model, chain, seed=0, state=None, size=None):
+        self.todo, self.size = plan(model, chain), size or SIZE
         mergeable(self.todo.chain)
         host = Host.of(self.todo.model)
         if host is not None and (host.patches or host.ports):
@@ -174,7 +174,7 @@ class Merged:
         B = fetch(s.module, bias).detach() if bias else None
         alone = self.state is None and all(t is s or t.name == s.name for _, t in group) and s.sliced and all(
             "rows" in step.method.wants("init") for step, _ in group)
-        n = max(1, SIZE * len(P) // max(P.numel(), 1)) if alone else 1
+        n = max(1, self.size * len(P) // max(P.numel(), 1)) if alone else 1
         for rows in [slice(k, min(k + n, len(P))) for k in range(0, len(P), n)] if alone else [slice(None)]:
             entries = [Entry(self.owner, step.method, t, p) for step, t in group
                        if (p := self._init(step, t, rows)) is not None]

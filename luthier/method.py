@@ -6,8 +6,8 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
                              sample at a time]; over calibration batches, at the sites of `watch`
     init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it;
                              seen: the statistic of this site, or {site name: statistic} of the watched ones; with `rows`,
-                             a slice: the state for these rows alone, and weight() is then given no others (so a merged model
-                             can be written a few rows at a time: see luthier.merging)
+                             a slice: the state for site.part(rows) alone, and weight() is then given no more of W and b (so a
+                             merged model can be written a few rows at a time: see luthier.merging)
     weight(W, p[, b])        new weight, (d_out, d_in) -> same; with `b`, (weight, bias); without `W` the base is not needed
     low_rank(p[, W])         the same change as thin factors, dict(A=, B=, scale=, dropout=, gain=): W' = gain ⊙ (W + scale·B A),
                              gain: (d_out,), the rest but A and B optional; fast() follows from it

@@ -104,8 +104,14 @@ class Site:
 
     @property
     def sliced(self):
-        """Whether rows of (d_out, d_in) are rows of the stored tensor, nothing between them."""
-        return self.rows is None and self.index is None and not self.turned and self.parameter.dim() > 0
+        """Whether some rows of the stored tensor, and of the bias, are a site of their own."""
+        return self.rows is None and self.index is None and self.parameter.dim() > 0 and not (self.turned and self.bias)
+
+    def part(self, rows):
+        """(W, b) of some rows of the stored tensor, or with slice(None) of all: (d_out, d_in) cut along d_in where it is turned."""
+        if rows == slice(None):
+            return self.W, self.b
+        return self.read(self.parameter.detach()[rows]), None if self.b is None else self.b[rows]
 
     @property
     def parameter(self):

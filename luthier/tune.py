@@ -3,6 +3,7 @@
     tune(data, model, chain, out)     train, evaluate, save: OUT/recipe.json, OUT/state.safetensors, OUT/checkpoints/
     reopen(folder)                    -> (task, tuned): ready to predict, without the data
     export(folder, out)               the merged, plain model that any other tool loads
+    blend(base, chain, out)           the same of a chain that needs no training (experts to combine, say)
 """
 
 import json
@@ -114,6 +115,21 @@ def export(folder, out):
                                              "utf-8")
         (place / "README.md").write_text(_card(task, chain, model, how, headed), "utf-8")
     return written(model.eval(), chain, out, put, seed=recipe["seed"], state=state)
+
+
+def blend(base, chain, out):
+    """Write the model `base` names into `out` with a chain that needs no data (experts to combine, say) merged into it."""
+    from .merging import plain, written
+
+    model, chain = zoo.load(base), parse(chain)
+
+    def put(place, save_file):
+        with zoo.quiet():
+            plain(model, place, save_file)
+        origin = model.luthier_origin
+        if origin.folder and (Path(origin.folder) / "tokenizer_config.json").exists():
+            origin.tokenizer().save_pretrained(place)
+    return written(model, chain, out, put)
 
 
 def _card(task, chain, model, how, headed):

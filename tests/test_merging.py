@@ -23,9 +23,9 @@ from luthier.methods.merge._experts import kth, near
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiny models in many pieces."""
-    monkeypatch.setattr(merging, "SIZE", 200)
-    monkeypatch.setattr(merging, "AHEAD", 1000)
-    monkeypatch.setattr(_experts, "PART", 70)
+    monkeypatch.setattr(merging, "SIZE", 2000)
+    monkeypatch.setattr(merging, "AHEAD", 9000)
+    monkeypatch.setattr(_experts, "PART", 700)
     monkeypatch.setattr(_experts, "EVERY", 3)
 
 
@@ -61,15 +61,16 @@ EXPERTS = ["ties(experts={0}, density=0.3)", "dare(experts={0}, drop=0.5, combin
            "ties(experts={0}, density=0.1, scale=0.5) >> dare(experts={0}, combine='sum', seed=3)"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize("text", EXPERTS, ids=["ties", "elect", "dare", "both"])
-def test_experts_are_merged_on_disk_as_in_memory(text, name, dtype, tmp_path, alone):
+@pytest.mark.parametrize(("text", "name", "dtype"), [
+    *[(EXPERTS[0], n, torch.float32) for n in tiny.MODELS], *[(t, "bert", torch.float32) for t in EXPERTS[1:]],
+    (EXPERTS[3], "gpt2", torch.bfloat16), (EXPERTS[0], "clip", torch.bfloat16)])
+def test_experts_are_merged_on_disk_as_in_memory(text, name, dtype, tmp_path, monkeypatch):
     model = tiny.build(name, dtype)
     before = copy.deepcopy(model.state_dict())
     chain = put(text, model, tmp_path)
     (tmp_path / "memory").mkdir()
     by_memory(model, chain, tmp_path / "memory")
+    monkeypatch.setattr(merging, "attach", None)
     files = luthier.merge(model, chain, tmp_path / "disk")
     assert files == sorted(p.name for p in (tmp_path / "memory").iterdir())
     same(tmp_path / "memory", tmp_path / "disk")
@@ -87,7 +88,8 @@ def test_tied_weights_and_fused_ones_keep_what_they_are(name, tmp_path, alone):
     again = type(model).from_pretrained(tmp_path / "disk").eval()
     tuned = attach(model, put(EXPERTS[0], model, tmp_path)).merge()
     assert torch.equal(tiny.output(again, tiny.batch(name)), tiny.output(tuned, tiny.batch(name)))
-    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    alike = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, again)]
+    assert alike[0] == alike[1] and (alike[0] or name == "t5")
 
 
 def test_a_tie_that_comes_apart_is_merged_in_memory(tmp_path):
@@ -235,12 +237,11 @@ NUMBERS = {"normal": lambda g, n: g.normal(size=n), "all alike": lambda g, n: np
 
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("bits", [np.int32, np.int64])
-@pytest.mark.parametrize("piece", [700, 1000])
-def test_the_kth_largest_is_exact_for_any_numbers(kind, bits, piece, monkeypatch):
+def test_the_kth_largest_is_exact_for_any_numbers(kind, bits, monkeypatch):
     monkeypatch.setattr(_experts, "EVERY", 16)
-    n = 200_000                                            # enough that a sample must be trusted first
+    n = 30_000                                             # enough that a sample must be trusted first
     x = np.abs(NUMBERS[kind](np.random.default_rng(0), n).astype(np.float32 if bits is np.int32 else np.float64)).view(bits)
-    parts, order = np.array_split(x, n // piece), np.sort(x)[::-1]
+    parts, order = np.array_split(x, n // 500), np.sort(x)[::-1]
     for k in (1, 2, n // 100, n // 5, n // 2, n - n // 7, n - 1, n):
         passes = []
         assert kth(lambda every=1: passes.append(every) or parts[::every], n, k, bits) == order[k - 1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from luthier import Tuned, check, cost, save
+from luthier import Tuned, check, cost, merging, save
 from luthier.host import Host
 from luthier.method import REGISTRY, discover, lookup
 
@@ -216,6 +216,15 @@ class _(lora):
     """weight and fast are not the same change"""
     def weight(self, W, p):
         return super().weight(W, p) * 1.01
+
+
+# -- written_equals_merged ------------------------------------------------------------------------------------
+@mutant("written_equals_merged", "llama")
+class _(lookup("dare")):
+    """rows that are in another order when they are made alone"""
+    def init(self, site, rows=slice(None)):
+        d = super().init(site, rows)
+        return d if rows.start in (None, 0) else {n: t.flip(0) for n, t in d.items()}
 
 
 # -- detach_restores ------------------------------------------------------------------------------------------
@@ -465,6 +474,8 @@ MACHINE = {
         mp, save._Filler, "_of", lambda real, self, v, t: real(self, v, t | dict(trained=False)))),
     "a stray file is written": ("loads_no_code", lambda mp: wrap(
         mp, save, "write", lambda real, f, files: real(f, files | {"more.bin": lambda p: p.write_bytes(b"")}))),
+    "written weights are rounded": ("written_equals_merged", lambda mp: wrap(
+        mp, merging, "composed", lambda real, P, b, es: tuple(t if t is None else t.bfloat16().float() for t in real(P, b, es)))),
     "merged weights are rounded": ("merge_equals_forward", lambda mp: wrap(
         mp, ATTACH, "_frozen", lambda real, t: real(t.bfloat16().float()))),
 }

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from luthier.errors import BadChain, BadState, WrongBase, nearest
+from luthier.host import fetch
 
 PART = 1 << 16                             # entries that are worked on at a time, so that they stay in the cache
 EVERY = 256                                # of so many parts, one says where a cut will about be
@@ -41,8 +42,8 @@ def near(model, folder):
 
 
 def vectors(site, expert, rows=slice(None)):
-    """(τ: (d_out, d_in), τ_b: (d_out,) or None), in single precision at least; of a sliced site some rows alone."""
-    W, b = site.W[rows], None if site.b is None else site.b[rows]
+    """(τ: (d_out, d_in), τ_b: (d_out,) or None), in single precision at least; of a sliced site some stored rows alone."""
+    W, b = site.part(rows)
     wide = torch.promote_types(W.dtype, torch.float32)
     new, new_b = _read(expert, site, rows)
     return _minus(new, W, wide), None if b is None else torch.zeros_like(b, dtype=wide) if new_b is None else _minus(new_b, b, wide)
@@ -52,13 +53,12 @@ def _minus(new, own, wide):
     return new.to(own.device, wide).sub_(own.to(wide))      # what was read is ours to write on
 
 
-def parts(site, rows=slice(None), size=PART):
-    """Slices of about `size` entries that cover these rows of a site; the whole where it is not sliced."""
+def parts(site, rows=slice(None)):
+    """Slices of about PART entries that cover these stored rows of a site; the whole where it is not sliced."""
     if not site.sliced:
         return [slice(None)]
-    n, d = site.W.shape
-    low, high, _ = rows.indices(n)
-    step = max(1, size // max(d, 1))
+    low, high, _ = rows.indices(len(site.parameter))
+    step = max(1, PART // max(site.parameter[0].numel(), 1))
     return [slice(k, min(k + step, high)) for k in range(low, high, step)]
 
 
@@ -71,6 +71,7 @@ def cut(site, experts, density):
             for s, rows in itertools.islice(((s, r) for s in places for r in parts(s)), 0, None, every):
                 for t in vectors(s, expert, rows):
                     if t is not None:
+                        t = t.mT if s.turned and t.dim() == 2 else t                # as it is stored: nothing to copy
                         yield t.to("cpu", wide).reshape(-1).abs_().numpy().view(bits)
 
         n = sum(s.W.numel() + (0 if s.b is None else s.b.numel()) for s in places)
@@ -142,13 +143,13 @@ def merged(site, method, thin, combine, rows=slice(None)):
         raise BadChain(f"{method!r} has no experts to combine. Name tuned models: experts=(\"runs/a\", \"runs/b\").")
     if not site.parameter.is_floating_point():
         return None
-    like = {"tau": site.W[rows]} | ({} if site.b is None else {"tau_b": site.b[rows]})
-    state, first = {what: torch.empty_like(t, memory_format=torch.contiguous_format) for what, t in like.items()}, rows.start or 0
+    state, first = {what: torch.empty_like(t) for what, t in zip(("tau", "tau_b"), site.part(rows), strict=True)
+                    if t is not None}, rows.start or 0
     for part in parts(site, rows):
         found = [vectors(site, e, part) for e in experts]
         here = part if part == slice(None) else slice(part.start - first, part.stop - first)
         for k, (what, made) in enumerate(state.items()):
-            made[here] = combine([thin(i, e, what, found[i][k], part) for i, e in enumerate(experts)])
+            made[(slice(None), here) if site.turned and what == "tau" else here] = combine([thin(i, e, what, found[i][k], part) for i, e in enumerate(experts)])
     return state
 
 
@@ -163,19 +164,24 @@ class Stored(NamedTuple):
     shape: tuple
     start: int
 
-    def read(self, rows=slice(None)):
-        shape, start = self.shape, self.start
+    def read(self, rows=slice(None), across=False):
+        """Some rows of it, or (across) some columns."""
+        shape, start, size = list(self.shape), self.start, self.dtype.itemsize
+        lines, step = 1, 0                                  # how many runs of bytes, and how far apart
         if rows != slice(None):
-            low, high, _ = rows.indices(shape[0])
-            shape = (high - low, *shape[1:])
-            start += low * math.prod(shape[1:]) * self.dtype.itemsize
+            low, high, _ = rows.indices(shape[across])
+            lines, step = (shape[0], shape[1] * size) if across else (1, 0)
+            start += low * size * (1 if across else math.prod(shape[1:]))
+            shape[across] = high - low
         t = torch.empty(shape, dtype=self.dtype)
-        data, got = memoryview(t.reshape(-1).view(torch.uint8).numpy()), 0
+        data = memoryview(t.reshape(-1).view(torch.uint8).numpy())
         try:
             with open(self.file, "rb", buffering=0) as f:
-                f.seek(start)
-                while got < len(data):
-                    got += f.readinto(data[got:]) or _short()
+                for k in range(lines):
+                    line, got = data[len(data) // lines * k:len(data) // lines * (k + 1)], 0
+                    f.seek(start + k * step)
+                    while got < len(line):
+                        got += f.readinto(line[got:]) or _short()
         except OSError as e:
             raise BadState(f"{self.file} cannot be read to its end ({e.strerror or e}). Copy or save the expert again.") from e
         return t
@@ -201,12 +207,9 @@ def _read(expert, site, rows):
     if W.shape != site.parameter.shape:
         raise WrongBase(f"{expert}: {stored[0]} is {list(W.shape)}, and {list(site.parameter.shape)} in this model "
                         f"({site.name}). Experts must be tuned from this very base.")
-    if rows == slice(None):
-        return site.read(W.read()), None if b is None else _same(expert, site, "bias", site.read_b(b.read()), site.b)
     if b is not None:
-        _same(expert, site, "bias", b, site.b)
-    new = W.read(rows)
-    return new.reshape(len(new), -1), None if b is None else b.read(rows)
+        _same(expert, site, "bias", b, fetch(site.module, site.bias))
+    return site.read(W.read(rows)), None if b is None else site.read_b(b.read(rows))
 
 
 def _whole(expert, site, rows, W, b):
@@ -214,7 +217,7 @@ def _whole(expert, site, rows, W, b):
     _same(expert, site, "weight", W, site.W)
     if b is not None and site.b is not None:
         _same(expert, site, "bias", b, site.b)
-    return W.read(rows), None if b is None or site.b is None else b.read(rows)
+    return W.read(rows, site.turned), None if b is None or site.b is None else b.read(rows)
 
 
 def _key(table, name):

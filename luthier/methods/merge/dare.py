@@ -7,26 +7,40 @@ one sign per entry and the mean of those who have it. The mask is a function of 
 import hashlib
 from typing import Literal
 
+import numpy as np
 import torch
 
 from luthier.method import Method, method
-from luthier.methods.merge._experts import elect, located, merged, near, total
+from luthier.methods.merge._experts import PART, elect, located, merged, near, total
 
 COMBINE = {"mean": lambda τ: total(τ) / len(τ), "sum": total, "elect": elect}
 
 
-def mask(seed, number, what, shape, drop, row=0, of=0, pool=None):
-    """Which entries of an expert survive: the same ones on every machine. As many rows as `shape` says, from `row` on, `of` so
-    many; pool: where the draw before this one left its generator."""
-    key, pool = f"{seed}/{number}/{what}", {} if pool is None else pool
-    at, g = pool.pop(("mask", key), (None, None))
-    if at != row:
-        g = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little"))
-        torch.rand(row, *shape[1:], generator=g)
-    kept = torch.rand(shape, generator=g) >= drop
-    if row + shape[0] < of:
-        pool["mask", key] = row + shape[0], g
-    return kept
+def draw(seed, number, what, shape, drop):
+    """Which entries of an expert survive, some rows at a time: the same ones on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{what}".encode(), digest_size=7).digest()
+    g, n = torch.Generator().manual_seed(int.from_bytes(digest, "little")), max(1, PART // max(shape[-1], 1))
+    for k in range(0, shape[0], n):
+        yield torch.rand((min(n, shape[0] - k), *shape[1:]), generator=g) >= drop
+
+
+def mask(*what):
+    return torch.cat(list(draw(*what)))
+
+
+def bits(site, rows, *what):
+    """The part of a matrix's mask that is at these stored rows: drawn once, kept as bits until the last part was taken."""
+    if rows == slice(None):
+        return mask(*what)
+    packed = site.pool.pop(("mask", what), None)
+    if packed is None:
+        packed = np.concatenate([np.packbits(kept.numpy(), axis=1) for kept in draw(*what)])
+    low, high, _ = rows.indices(len(site.parameter))
+    if high < len(site.parameter):
+        site.pool["mask", what] = packed
+    if site.turned:
+        return torch.from_numpy(np.unpackbits(packed[:, low // 8:-(-high // 8)], axis=1)[:, low % 8:low % 8 + high - low])
+    return torch.from_numpy(np.unpackbits(packed[low:high], axis=1, count=what[3][1]))
 
 
 @method
@@ -48,8 +62,9 @@ class dare(Method):
 
     def init(self, site, rows=slice(None)):
         def thin(number, expert, what, τ, rows):
-            draw = dict(row=rows.start or 0, of=len(site.W), pool=site.pool)
-            keep = mask(self.seed, number, f"{site.name}/{what}", τ.shape, self.drop, **draw).to(τ)
+            key = self.seed, number, f"{site.name}/{what}", (site.W if what == "tau" else site.b).shape, self.drop
+            keep = bits(site, rows, *key) if what == "tau" else mask(*key)[rows]
+            keep = keep.to(τ)
             return τ * keep / (1 - self.drop) if self.rescale and self.drop < 1 else τ * keep
         return merged(site, self, thin, COMBINE[self.combine], rows)
 
