@@ -232,6 +232,7 @@ NUMBERS = {"normal": lambda g, n: g.normal(size=n), "all alike": lambda g, n: np
            "nearly all zero": lambda g, n: g.normal(size=n) * (g.random(n) < 0.1),
            "few values": lambda g, n: g.integers(0, 4, n) / 4, "many scales": lambda g, n: np.exp(20 * g.normal(size=n)),
            "rising": lambda g, n: np.arange(n) / n, "one part unlike": lambda g, n: np.r_[g.normal(size=n - n // 5), 99 + g.random(n // 5)],
+           "two values": lambda g, n: 1.0 * (g.random(n) < 0.5),
            "not a number": lambda g, n: np.where(g.random(n) < 0.01, np.nan, g.normal(size=n))}
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from luthier.errors import BadChain, BadState, WrongBase, nearest
 from luthier.host import fetch
 
-PART = 1 << 16                             # entries that are worked on at a time, so that they stay in the cache
+PART = (1 << 15) - 1                     # entries that are worked on at a time: they stay in the cache, and torch asks no second thread
 EVERY = 256                                # of so many parts, one says where a cut will about be
 
 
@@ -90,18 +90,18 @@ def kth(pieces, n, k, bits):
     """The k-th largest of the n whole numbers >= 0 that pieces() yields, array by array, without holding them: a sample says
     between which two it will lie; a pass counts what is above and keeps what is between, or of too many a finer sample.
     (A float >= 0 is ordered as its bits are, so this is exact for floats too; NaN counts as the largest.)"""
-    sample, low, high, most = np.sort(np.concatenate(list(pieces(EVERY)))), 0, np.iinfo(bits).max, n // 64 + PART
-    at, wide = len(sample) * (n - k) // n, len(sample) // 256 + 64
+    sample, most, single = np.sort(np.concatenate(list(pieces(EVERY)))), n // 64 + PART, False
+    low, high, over, inside = 0, int(np.iinfo(bits).max), 0, n          # it is in [low, high]; so many are above, so many in there
     while True:
-        a = max(low, int(sample[at - wide])) if at >= wide else low
-        b = min(high, int(sample[at + wide])) if at + wide < len(sample) else high
-        a, b = min(a, high), max(b, low)
+        s = sample[np.searchsorted(sample, low):np.searchsorted(sample, high, "right")]
+        at, wide = len(s) * (over + inside - k) // inside, 0 if single else len(s) // 256 + 64
+        a, b = (int(s[max(at - wide, 0)]), int(s[min(at + wide, len(s) - 1)])) if len(s) else (low, high)
         kept, every, above, least = [], 1, 0, 0
         for v in pieces():
-            over, reach = v > b, v >= a
-            above, least = above + np.count_nonzero(over), least + np.count_nonzero(reach)
+            beyond, reach = v > b, v >= a
+            above, least = above + np.count_nonzero(beyond), least + np.count_nonzero(reach)
             if a < b:
-                kept.append(v[over ^ reach][::every])
+                kept.append(v[beyond ^ reach][::every])
                 if (least - above) // every > most:
                     kept, every = [np.concatenate(kept)[::2].copy()], 2 * every
         if above < k <= least:
@@ -110,12 +110,12 @@ def kth(pieces, n, k, bits):
             kept = np.concatenate(kept)
             if every == 1:
                 return np.partition(kept, least - k)[least - k]
-            sample, low, high = np.sort(kept), a, b
-            at, wide = len(sample) * (least - k) // (least - above), len(sample) // 256 + 64
+            sample, low, high, over, inside = np.sort(kept), a, b, above, least - above
+            single = True                                   # a value that very many have? if not, that one is out of the way
         elif k <= above:
-            low, wide = b + 1, 8 * wide
+            low, inside, single = b + 1, above - over, False
         else:
-            high, wide = a - 1, 8 * wide
+            high, over, inside, single = a - 1, least, over + inside - least, False
 
 
 def total(τ):
