@@ -106,6 +106,7 @@ def _watched(name, chain, out):
         import luthier, sys
         from luthier import zoo
         base = zoo.load({name!r})
+        sum(float(p.sum()) for p in base.parameters())              # every page of the base is there before we look
         print("ready", flush=True)
         sys.stdin.readline()
         luthier.merge(base, {repr(chain)!r}, {out!r})

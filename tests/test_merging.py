@@ -78,7 +78,7 @@ def test_experts_are_merged_on_disk_as_in_memory(text, name, dtype, tmp_path, mo
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_tied_weights_and_fused_ones_keep_what_they_are(name, tmp_path, alone):
     model = tiny.build(name)
     if name == "llama":
@@ -88,8 +88,7 @@ def test_tied_weights_and_fused_ones_keep_what_they_are(name, tmp_path, alone):
     again = type(model).from_pretrained(tmp_path / "disk").eval()
     tuned = attach(model, put(EXPERTS[0], model, tmp_path)).merge()
     assert torch.equal(tiny.output(again, tiny.batch(name)), tiny.output(tuned, tiny.batch(name)))
-    alike = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, again)]
-    assert alike[0] == alike[1] and (alike[0] or name == "t5")
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
 
 
 def test_a_tie_that_comes_apart_is_merged_in_memory(tmp_path):

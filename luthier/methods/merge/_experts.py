@@ -90,27 +90,31 @@ def kth(pieces, n, k, bits):
     """The k-th largest of the n whole numbers >= 0 that pieces() yields, array by array, without holding them: a sample says
     between which two it will lie; a pass counts what is above and keeps what is between, or of too many a finer sample.
     (A float >= 0 is ordered as its bits are, so this is exact for floats too; NaN counts as the largest.)"""
-    sample, most, single = np.sort(np.concatenate(list(pieces(EVERY)))), n // 64 + PART, False
+    sample, kept, single = np.concatenate(list(pieces(EVERY))), np.empty(n // 64 + PART, bits), False
+    sample.sort()
     low, high, over, inside = 0, int(np.iinfo(bits).max), 0, n          # it is in [low, high]; so many are above, so many in there
     while True:
         s = sample[np.searchsorted(sample, low):np.searchsorted(sample, high, "right")]
-        at, wide = len(s) * (over + inside - k) // inside, 0 if single else len(s) // 256 + 64
+        at, wide = len(s) * (over + inside - k) // inside, 0 if single else len(s) // 512 + 256
         a, b = (int(s[max(at - wide, 0)]), int(s[min(at + wide, len(s) - 1)])) if len(s) else (low, high)
-        kept, every, above, least = [], 1, 0, 0
+        got, every, above, least = 0, 1, 0, 0
         for v in pieces():
             beyond, reach = v > b, v >= a
             above, least = above + np.count_nonzero(beyond), least + np.count_nonzero(reach)
             if a < b:
-                kept.append(v[beyond ^ reach][::every])
-                if (least - above) // every > most:
-                    kept, every = [np.concatenate(kept)[::2].copy()], 2 * every
+                new = v[beyond ^ reach][::every]
+                while got + len(new) > len(kept):           # too many: every second one
+                    every, new, half = 2 * every, new[::2], kept[:got:2].copy()
+                    got = len(half)
+                    kept[:got] = half
+                kept[got:got + len(new)], got = new, got + len(new)
         if above < k <= least:
             if a == b:
                 return bits(a)
-            kept = np.concatenate(kept)
             if every == 1:
-                return np.partition(kept, least - k)[least - k]
-            sample, low, high, over, inside = np.sort(kept), a, b, above, least - above
+                kept[:got].partition(least - k)
+                return kept[least - k]
+            sample, low, high, over, inside = np.sort(kept[:got]), a, b, above, least - above
             single = True                                   # a value that very many have? if not, that one is out of the way
         elif k <= above:
             low, inside, single = b + 1, above - over, False
