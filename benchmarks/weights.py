@@ -63,9 +63,9 @@ def merge(name="smollm2-135m", rounds=5):
 
     Memory: what a process of its own has above what it had with the base loaded, as the system counts its anonymous pages while it
     merges (RssAnon, asked every few milliseconds from outside; nothing that is read or written is mapped, so nothing hides in
-    file-backed pages: their growth is recorded beside it), over the tensors of one transformer block. The bound, one layer above
-    the output, allows for the output too: that is written as it is made, so it is not allowed for here. Our own count of live
-    tensors (cost.peak) stands beside it.
+    file-backed pages: their growth is recorded beside it), over the largest layer, the embedding; the bytes of a transformer block
+    stand beside it. The bound, one layer above the output, allows for the output too: that is written as it is made, so it is not
+    allowed for here. Our own count of live tensors (cost.peak) stands beside it.
 
     Time: over reading the three files and writing one model through the same file system, 1 MiB at a time and synced to the
     disk, as the merge syncs its file. Both find the experts in the page cache, where writing them left them, and both write a
@@ -74,7 +74,8 @@ def merge(name="smollm2-135m", rounds=5):
     both. "Near the disk's" gives no number; we read it as at most twice: one pass for the bytes and as much again for arithmetic.
     """
     base = zoo.load(name)
-    block = sum({id(s.parameter): s.parameter.nbytes for s in luthier.sites(base) if s.kind == "weight" and s.block == 0}.values())
+    sites = [s for s in luthier.sites(base) if s.kind == "weight" and s.block == 0]
+    block = sum({id(s.parameter): s.parameter.nbytes for s in sites}.values())
     largest = max(p.nbytes for p in base.parameters())
     with tempfile.TemporaryDirectory() as folder:
         paths = tuple(f"{folder}/{k}.safetensors" for k in range(3))
@@ -82,7 +83,7 @@ def merge(name="smollm2-135m", rounds=5):
             g = torch.Generator().manual_seed(k)
             save_file({n: p + 0.01 * torch.randn(p.shape, generator=g) for n, p in base.named_parameters()}, path)
         chain, out = luthier.parse(f"ties(experts={paths!r})"), f"{folder}/out"
-        watched = {"merge": _watched(name, chain, out)}
+        watched = _watched(name, chain, out)
         shutil.rmtree(out)
         held = [*base.parameters(), *base.buffers()]
         ours = cost.peak(lambda: luthier.merge(base, chain, out), held) - cost.nbytes(held)
@@ -93,10 +94,8 @@ def merge(name="smollm2-135m", rounds=5):
                 start = time.perf_counter()
                 luthier.merge(base, chain, out) if what == "merge" else _disk(paths, out)
                 times[what].append(time.perf_counter() - start)
-    detail = dict(bytes=dict(watched["merge"], block=block, largest=largest, live=ours))
-    return [row(f"TIES of three {name}: peak above the base, over one block's tensors", watched["merge"]["anonymous"] / block, 1.0,
-                **detail),
-            row(f"TIES of three {name}: peak above the base, over its largest tensor", watched["merge"]["anonymous"] / largest, 1.0),
+    return [row(f"TIES of three {name}: peak above the base, over its largest layer", watched["anonymous"] / largest, 1.0,
+                bytes=dict(watched, block=block, largest=largest, live=ours)),
             timed(f"TIES of three {name}: seconds over reading three and writing one", times, "merge", "disk", 2.0)]
 
 

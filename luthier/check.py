@@ -281,9 +281,9 @@ def written_equals_merged(c):
     want, names, fixed = {n: p.detach() for n, p in c.model.named_parameters()}, [], not tuned.trainable()
     tuned.detach()
     recipe, chain, state = save.contents(c.model, c.folder / "tuned", lazy=True)
-    for state in (state, None) if fixed and not any(m.observes for m in chain) else (state,):     # from its file, and made anew
+    for source in (state, None) if fixed and not any(m.observes for m in chain) else (state,):    # from its file, and made anew
         try:
-            lean = Merged(c.model, chain, recipe["seed"], state, size=300)
+            lean = Merged(c.model, chain, recipe["seed"], source, size=300)
             lean.save_file(dict(c.model.named_parameters()), c.folder / "written.safetensors")
             lean.check()
         except NeedsAll:

@@ -179,7 +179,8 @@ class Merged:
             entries = [Entry(self.owner, step.method, t, p) for step, t in group
                        if (p := self._init(step, t, rows)) is not None]
             W, b = composed(P[rows] if alone else P, B if B is None or not alone else B[rows], entries)
-            if B is None and b is not None and ("bias" in s.module._parameters or b.count_nonzero()) or B is not None and b is None:
+            if B is not None and b is None or B is None and b is not None and (
+                    "bias" in s.module._parameters or b.count_nonzero()):
                 raise NeedsAll                              # a bias comes or goes
             yield id(s.parameter), rows.start or 0, W
             if B is not None and id(fetch(s.module, bias)) in self.biases:

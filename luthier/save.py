@@ -313,8 +313,8 @@ def load(model, folder, name=None):
 
 
 def contents(model, folder, lazy=False):
-    """(recipe, chain, what hands each site its state) of what `folder` holds for `model`, its base; lazy: tensors stay in the file
-    until they are asked for."""
+    """(recipe, chain, what hands each site its state) of what `folder` holds for `model`, its base; lazy: tensors stay in the
+    file until they are asked for."""
     from .attach import base_of, plan
     from .host import Host
     from .method import parse
@@ -338,18 +338,19 @@ def contents(model, folder, lazy=False):
             raise WrongBase(f"{folder} was trained on top of {' and '.join(recipe['on']) or 'the bare base'}; this model carries "
                             f"{' and '.join(under) or 'nothing'}. Load or attach the same below it first.")
         with safe_open(Path(folder) / STATE, "pt") as f:
-            tensors = {k: _Slice(f, k) if lazy else f.get_tensor(k) for k in f.keys()}
+            tensors = {k: _Slice(Path(folder) / STATE, k) if lazy else f.get_tensor(k) for k in f.keys()}
     return recipe, chain, _Filler(folder, recipe, tensors, chain, found)
 
 
 class _Slice:
-    """A stored tensor that is read when it is asked for; the file stays open as long."""
+    """A stored tensor that is read when it is asked for."""
 
     def __init__(self, file, key):
         self.file, self.key = file, key
 
     def __getitem__(self, at):
-        return self.file.get_slice(self.key)[at] if at is not ... else self.file.get_tensor(self.key)
+        with safe_open(self.file, "pt") as f:
+            return f.get_tensor(self.key) if at is ... else f.get_slice(self.key)[at]
 
 
 def _same_base(base, recipe, folder):

@@ -108,7 +108,7 @@ class Site:
         return self.rows is None and self.index is None and self.parameter.dim() > 0 and not (self.turned and self.bias)
 
     def part(self, rows):
-        """(W, b) of some rows of the stored tensor, or with slice(None) of all: (d_out, d_in) cut along d_in where it is turned."""
+        """(W, b) of some rows of the stored tensor (slice(None): all): where it is turned, (d_out, d_in) is cut along d_in."""
         if rows == slice(None):
             return self.W, self.b
         return self.read(self.parameter.detach()[rows]), None if self.b is None else self.b[rows]

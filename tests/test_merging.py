@@ -230,7 +230,8 @@ def test_ties_on_disk_is_the_algorithm_to_the_bit(density, tmp_path, alone):
 NUMBERS = {"normal": lambda g, n: g.normal(size=n), "all alike": lambda g, n: np.full(n, 0.5),
            "nearly all zero": lambda g, n: g.normal(size=n) * (g.random(n) < 0.1),
            "few values": lambda g, n: g.integers(0, 4, n) / 4, "many scales": lambda g, n: np.exp(20 * g.normal(size=n)),
-           "rising": lambda g, n: np.arange(n) / n, "one part unlike": lambda g, n: np.r_[g.normal(size=n - n // 5), 99 + g.random(n // 5)],
+           "rising": lambda g, n: np.arange(n) / n,
+           "one part unlike": lambda g, n: np.r_[g.normal(size=n - n // 5), 99 + g.random(n // 5)],
            "two values": lambda g, n: 1.0 * (g.random(n) < 0.5),
            "not a number": lambda g, n: np.where(g.random(n) < 0.01, np.nan, g.normal(size=n))}
 
@@ -243,6 +244,4 @@ def test_the_kth_largest_is_exact_for_any_numbers(kind, bits, monkeypatch):
     x = np.abs(NUMBERS[kind](np.random.default_rng(0), n).astype(np.float32 if bits is np.int32 else np.float64)).view(bits)
     parts, order = np.array_split(x, n // 500), np.sort(x)[::-1]
     for k in (1, 2, n // 100, n // 5, n // 2, n - n // 7, n - 1, n):
-        passes = []
-        assert kth(lambda every=1: passes.append(every) or parts[::every], n, k, bits) == order[k - 1]
-        assert len(passes) <= 12
+        assert kth(lambda every=1: parts[::every], n, k, bits) == order[k - 1]

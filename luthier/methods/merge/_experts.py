@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from luthier.errors import BadChain, BadState, WrongBase, nearest
 from luthier.host import fetch
 
-PART = (1 << 15) - 1                     # entries that are worked on at a time: they stay in the cache, and torch asks no second thread
+PART = (1 << 15) - 1                     # entries worked on at a time: they stay in the cache, and torch wakes no thread
 EVERY = 256                                # of so many parts, one says where a cut will about be
 
 
@@ -46,7 +46,9 @@ def vectors(site, expert, rows=slice(None)):
     W, b = site.part(rows)
     wide = torch.promote_types(W.dtype, torch.float32)
     new, new_b = _read(expert, site, rows)
-    return _minus(new, W, wide), None if b is None else torch.zeros_like(b, dtype=wide) if new_b is None else _minus(new_b, b, wide)
+    if b is not None:
+        b = torch.zeros_like(b, dtype=wide) if new_b is None else _minus(new_b, b, wide)
+    return _minus(new, W, wide), b
 
 
 def _minus(new, own, wide):
@@ -68,7 +70,7 @@ def cut(site, experts, density):
 
     def one(expert):
         def pieces(every=1):
-            for s, rows in itertools.islice(((s, r) for s in places for r in parts(s)), 0, None, every):
+            for s, rows in itertools.islice(((site, r) for site in places for r in parts(site)), 0, None, every):
                 for t in vectors(s, expert, rows):
                     if t is not None:
                         t = t.mT if s.turned and t.dim() == 2 else t                # as it is stored: nothing to copy
@@ -92,7 +94,7 @@ def kth(pieces, n, k, bits):
     (A float >= 0 is ordered as its bits are, so this is exact for floats too; NaN counts as the largest.)"""
     sample, kept, single = np.concatenate(list(pieces(EVERY))), np.empty(n // 64 + PART, bits), False
     sample.sort()
-    low, high, over, inside = 0, int(np.iinfo(bits).max), 0, n          # it is in [low, high]; so many are above, so many in there
+    low, high, over, inside = 0, int(np.iinfo(bits).max), 0, n          # it is in [low, high]: so many above, so many there
     while True:
         s = sample[np.searchsorted(sample, low):np.searchsorted(sample, high, "right")]
         at, wide = len(s) * (over + inside - k) // inside, 0 if single else len(s) // 512 + 256
@@ -131,7 +133,7 @@ def total(τ):
 
 
 def elect(τ):
-    """E of shape (…) -> (…): the sign with more mass, then the mean over the experts that have it; where they balance, nothing."""
+    """E of shape (…) -> (…): the sign with more mass, then the mean over the experts that have it; nothing where they balance."""
     sign, n, out = total(τ).sign_(), torch.zeros_like(τ[0]), torch.zeros_like(τ[0])
     for t in τ:
         agree = (t * sign).gt_(0)                           # 1 where it has that sign, else 0
@@ -147,8 +149,8 @@ def merged(site, method, thin, combine, rows=slice(None)):
         raise BadChain(f"{method!r} has no experts to combine. Name tuned models: experts=(\"runs/a\", \"runs/b\").")
     if not site.parameter.is_floating_point():
         return None
-    state, first = {what: torch.empty_like(t) for what, t in zip(("tau", "tau_b"), site.part(rows), strict=True)
-                    if t is not None}, rows.start or 0
+    first, like = rows.start or 0, dict(zip(("tau", "tau_b"), site.part(rows), strict=True))
+    state = {what: torch.empty_like(t) for what, t in like.items() if t is not None}
     for part in parts(site, rows):
         found = [vectors(site, e, part) for e in experts]
         here = part if part == slice(None) else slice(part.start - first, part.stop - first)
