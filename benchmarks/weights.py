@@ -61,11 +61,11 @@ def quantise(bits=4, layers=4):
 def merge(name="smollm2-135m", rounds=5):
     """TIES of three models of one base, from three files into a folder.
 
-    Memory: what a process of its own has above what it had with the base loaded, as the system counts its anonymous pages while it
-    merges (RssAnon, asked every few milliseconds from outside; nothing that is read or written is mapped, so nothing hides in
-    file-backed pages: their growth is recorded beside it), over the largest layer, the embedding; the bytes of a transformer block
-    stand beside it. The bound, one layer above the output, allows for the output too: that is written as it is made, so it is not
-    allowed for here. Our own count of live tensors (cost.peak) stands beside it.
+    Memory: what a process of its own has above what it had with the base loaded, as the system counts its anonymous pages
+    while it merges (RssAnon, asked every few milliseconds from outside; nothing that is read or written is mapped, so
+    nothing hides in file-backed pages: their growth is recorded beside it), over the largest layer, the embedding; the
+    bytes of a transformer block stand beside it. The bound, one layer above the output, allows for the output too: that is
+    written as it is made, so it is not allowed for here. Our own count of live tensors (cost.peak) stands beside it.
 
     Time: over reading the three files and writing one model through the same file system, 1 MiB at a time and synced to the
     disk, as the merge syncs its file. Both find the experts in the page cache, where writing them left them, and both write a

@@ -155,7 +155,8 @@ def merged(site, method, thin, combine, rows=slice(None)):
         found = [vectors(site, e, part) for e in experts]
         here = part if part == slice(None) else slice(part.start - first, part.stop - first)
         for k, (what, made) in enumerate(state.items()):
-            made[(slice(None), here) if site.turned and what == "tau" else here] = combine([thin(i, e, what, found[i][k], part) for i, e in enumerate(experts)])
+            place = (slice(None), here) if site.turned and what == "tau" else here
+            made[place] = combine([thin(i, e, what, found[i][k], part) for i, e in enumerate(experts)])
     return state
 
 
