@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
 from .errors import BadState
 from .save import _fsync
 
@@ -118,7 +119,7 @@ def restore_optimizer(optimizer, named, tensors):
     for name, p in named:
         mine = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
         if mine:
-            optimizer.state[p] = {k: v.clone() if k == "step" else v.to(p.device).clone() for k, v in mine.items()}
+            optimizer.state[p] = {k: v.clone() if k == "step" else ranks.like(v, p) for k, v in mine.items()}
 
 
 # -- random numbers -------------------------------------------------------------------------------------------------

@@ -197,7 +197,10 @@ def compare(a):
              help="of the head, the state and the order of the data (default 0)"),
          arg("--resume", action="store_true", help="go on from the newest checkpoint in DIR"),
          arg("--every", type=whole(1), metavar="N", help="steps between checkpoints (default: one a minute)"),
-         arg("--log", choices=("tensorboard", "none"), help="default: TensorBoard if it is installed"),
+         arg("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole models side by side (ddp, the default), or the "
+                                                         "base cut up over the processes (fsdp)"),
+         arg("--log", "--logger", choices=("tensorboard", "none"),
+             help="default: TensorBoard if it is installed (torchrun takes --log for its own; it lets --logger through)"),
          *BUDGET, *TASK, IMPORT, JSON)
 def tune(a):
     """tune a model on your data with one chain
@@ -205,13 +208,16 @@ def tune(a):
     Trains, evaluates and saves. A run that was killed, stopped by Ctrl-C, or ended by a full disk or a NaN goes on with --resume.
 
     luthier tune reviews.csv --model minilm --with "lora(rank=8)" --out tuned
+    torchrun --nproc-per-node 2 -m luthier tune reviews.csv --model minilm --with "lora(rank=8)" --out tuned
     """
     _include(a)
     from .tune import tune
 
     scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed,
-                  resume=a.resume, every=a.every, precision=a.precision, schedule=a.schedule,
+                  resume=a.resume, every=a.every, precision=a.precision, schedule=a.schedule, parallel=a.parallel,
                   log=False if a.log == "none" else a.log, say=lambda text: print(text, file=sys.stderr), **_task_options(a))
+    if not _first():
+        return
     if a.json:
         print(json.dumps(scores))
     else:
@@ -563,6 +569,9 @@ def main(argv=None):
     debug = "--debug" in argv
     try:
         fn, a = _parse(argv)
+        if _several() and fn is not tune:
+            raise LuthierError(f"torchrun started several processes, and `{argv[0]}` is the work of one. Of all commands only tune "
+                               "shares its work between them; compare has --jobs and --ray.")
         code = fn(a) or 0
         sys.stdout.flush()
         return code
@@ -586,7 +595,22 @@ def main(argv=None):
         return 1
 
 
+def _several():
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "LOCAL_RANK" in os.environ
+
+
+def _first():
+    """Whether this is the process to speak, of those that torchrun started."""
+    if not _several():
+        return True
+    from . import ranks
+
+    return ranks.first()
+
+
 def _complain(text, debug):
+    if not debug and not _first():
+        return
     if debug:
         import traceback
 

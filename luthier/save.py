@@ -52,6 +52,8 @@ def fingerprint(model):
 
 
 def _base(model):
+    if "luthier_base" in model.__dict__:                    # its tensors are spread over processes: what it was before
+        return model.__dict__["luthier_base"]
     origin = next((m.__dict__["luthier_origin"] for m in model.modules() if "luthier_origin" in m.__dict__), None)
     known = dict(origin=str(origin.ref), licence=str(origin.licence)) if origin is not None else {}
     return dict(model=type(model).__name__, fingerprint=fingerprint(model), **known)

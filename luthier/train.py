@@ -2,7 +2,7 @@
 
     loss = task.loss(tuned, batch) + tuned.penalty();  backward;  clip;  AdamW;  tuned.step(optimizer)
 
-It stands on `accelerate` (device, precision, processes). The learning rate is a function of the step alone, the order of the
+It stands on `accelerate` (device, precision); several processes are one run, see `ranks`. The learning rate is a function of the step alone, the order of the
 data of (seed, epoch) alone, and every generator is in the checkpoint, so a run that was killed and resumed equals one that was
 not, to the bit, on CPU. A checkpoint of step k is written only once the loss of step k is finite: the last one is always good.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, ranks
 from . import schedule as schedules
 from .errors import BadChain, BadState, LuthierError, RunStopped
 
@@ -27,7 +27,7 @@ SECONDS = 60                             # between checkpoints, unless a number 
 
 
 def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=0, schedule="linear", warmup=0.06, clip=1.0,
-          weight_decay=0.0, precision="no", out=None, resume=False, every=None, progress=None, log=None):
+          weight_decay=0.0, precision="no", parallel=None, out=None, resume=False, every=None, progress=None, log=None):
     """Train `tuned` on `task`'s train split for `epochs` or `steps`; returns {"loss": [...], "steps", "seconds", "resumed"}.
 
     out       folder for checkpoints/ (last two) and logs/; None: nothing is written
@@ -37,19 +37,23 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
     log       "tensorboard", False, or None (TensorBoard when `out` is given and it is installed)
     precision "no", "bf16" or "fp16": mixed precision of the forward pass
     schedule  of the learning rate after warmup, as text: see luthier.schedule
+    parallel  where torchrun started several processes: "ddp" (None) or "fsdp", see luthier.ranks
     """
     _check(lr=lr, batch_size=batch_size, warmup=warmup, clip=clip, every=every or 1, schedule=schedule)
     per_epoch = task.n_batches("train", batch_size)
     total = _total(epochs, steps, per_epoch)
     if resume and out is None:
         raise BadState("There is nothing to resume from: name the folder of the earlier run with out=.")
+    ranks.join()
+    ranks.fit(tuned.chain, parallel, precision)
+    options = dict(lr=lr, batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, weight_decay=weight_decay,
+                   precision=precision) | (dict(processes=ranks.world(), parallel=parallel or "ddp") if ranks.world() > 1 else {})
     run = _Run(tuned, task, total, per_epoch, _accelerator(precision), folder=out and Path(out) / "checkpoints", every=every,
-               options=dict(lr=lr, batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip,
-                            weight_decay=weight_decay, precision=precision))
+               options=options)
     began, first = time.monotonic(), run.start(resume)
     tuned.train()
     try:
-        main = run.accelerator.is_main_process             # of several processes, only one speaks and writes
+        main = ranks.rank() == 0                           # of several processes, only one speaks and writes
         with _bar(main and progress, total, first) as tell, _writer(main and log, out, first) as write, _patience() as asked:
             run.loop(tell, write, asked)
     finally:
@@ -63,60 +67,65 @@ class _Run:
     def __init__(self, tuned, task, total, per_epoch, accelerator, folder, every, options):
         self.tuned, self.task, self.total, self.per_epoch = tuned, task, total, per_epoch
         self.accelerator, self.folder, self.every, self.options = accelerator, folder, every, options
-        self.k, self.losses, self.good, self.saved_k, self.saved_at = 0, [], None, None, time.monotonic()
+        self.k, self.losses, self.good, self.good_k, self.saved_k, self.saved_at = 0, [], None, None, None, time.monotonic()
 
     # -- beginning --------------------------------------------------------------------------------------------------
     def start(self, resume):
         """Place the model, lay the newest checkpoint over it if there is one, make the optimizer. Returns the first step."""
         o, tuned = self.options, self.tuned
-        random.seed(o["seed"])
-        _numpy_seed(o["seed"])
-        torch.manual_seed(o["seed"])
-        tuned.to(self.accelerator.device)
+        own = o["seed"] + 1_000_003 * ranks.rank()
+        random.seed(own)
+        _numpy_seed(own)
+        torch.manual_seed(own)
         tuned.total_steps = self.total
-        found = self.folder and checkpoint.newest(self.folder)
+        found = self.folder and ranks.told(lambda: checkpoint.newest(self.folder))
         if found and not resume:
             raise BadState(f"{self.folder.parent} holds the checkpoints of an earlier run (the newest is {found[2].name}). "
                            "Go on from there with resume (--resume on the command line), or choose another folder.")
         if found:
             self._lay(found)
+        if o.get("parallel") == "fsdp":
+            ranks.shard(tuned, self.accelerator.device)
+        else:
+            tuned.to(self.accelerator.device)
         named = tuned.trainable()
         if not named:
             raise BadChain(f"Nothing in {tuned.chain!r} trains: it has no trainable state. "
                            "Add a method that does; `luthier methods` lists them.")
-        plain = torch.optim.AdamW([p for _, p in named], lr=o["lr"], weight_decay=o["weight_decay"])
+        groups = [[p for _, p in named if not ranks.sharded(p)], [p for _, p in named if ranks.sharded(p)]]
+        plain = torch.optim.AdamW([{"params": g} for g in groups if g], lr=o["lr"], weight_decay=o["weight_decay"])
         self.optimizer = self.accelerator.prepare_optimizer(plain)
         self.plain = self.optimizer.optimizer
         if found:
             checkpoint.restore_optimizer(self.plain, named, _under("optimizer/", found[0]))
-            self.random = found[1]["rng"], _under("rng/", found[0])
-            checkpoint.restore_rng(self.random[1], self.random[0])
-        self.model = self.accelerator.prepare_model(tuned) if self.accelerator.num_processes > 1 else tuned
+            checkpoint.restore_rng(_under(f"{_rng(ranks.rank())}/", found[0]), found[1][_rng(ranks.rank())])
         return self.k
 
     def _lay(self, found):
         tensors, facts, path = found
-        for key in ("batch_size", "seed", "schedule", "precision"):
-            if (old := facts["options"].get(key)) != self.options[key]:
-                raise BadState(f"{path.name} was made with {key}={old!r}, and now {key}={self.options[key]!r} is asked for, "
-                               f"which would be another run. Resume with the old {key}, or choose another folder.")
+        for key in ("batch_size", "seed", "schedule", "precision", "processes", "parallel"):
+            if (old := facts["options"].get(key)) != (new := self.options.get(key)):
+                old, new = ("one process" if v is None else f"{key}={v!r}" for v in (old, new))
+                raise BadState(f"{path.name} was made with {old}, and now {new} is asked for, "
+                               f"which would be another run. Resume with {old}, or choose another folder.")
         if facts["chain"] != repr(self.tuned.chain):
             raise BadState(f"{path.name} belongs to the chain {facts['chain']}, not to {self.tuned.chain!r}. "
                            "Resume with that chain, or choose another folder.")
         checkpoint.restore(self.tuned.states, _under("state/", tensors), facts["plain"])
         self.k = self.tuned.k = self.tuned.stepped = facts["step"]
-        self.losses, self.good, self.saved_k = tensors["history/loss"].tolist(), path, self.k
+        self.losses, self.good, self.good_k, self.saved_k = tensors["history/loss"].tolist(), path, self.k, self.k
 
     # -- the loop ---------------------------------------------------------------------------------------------------
     def loop(self, tell, write, asked):
         try:
-            for batch in self._batches():
-                if asked:
-                    self._stop(f"Stopped by {asked[0]} before step {self.k + 1} of {self.total}.", now=True, interrupted=True)
-                due = self._due()
+            for batch, *share in self._batches():
+                stop, due = ranks.agree(asked, ranks.rank() == 0 and self._due())
+                if stop:
+                    self._stop(f"Stopped by {(asked or ['a signal'])[0]} before step {self.k + 1} of {self.total}.", now=True,
+                               interrupted=True)
                 before = checkpoint.rng() if due else None
-                loss = self._loss(batch)
-                value = self._agreed(loss)
+                loss = self._loss(batch, *share)
+                value = ranks.total(loss.detach().float())
                 if not math.isfinite(value):
                     self._stop(f"The loss became {value} at step {self.k + 1} of {self.total}.", remedy="a lower learning rate")
                 if due:
@@ -129,8 +138,14 @@ class _Run:
                 write(self.k, value, self.plain.param_groups[0]["lr"])
             if self.folder and self.k != self.saved_k:
                 self.save(checkpoint.rng())
+            elif not self.folder:
+                self._same()
         except KeyboardInterrupt:                          # a second Ctrl-C, or no handler: the step may be half done
             self._stop(f"Stopped by Ctrl-C in step {self.k + 1} of {self.total}.", interrupted=True)
+        except RuntimeError as e:
+            if not ranks.lost(e):
+                raise
+            self._stop(f"Step {self.k + 1} of {self.total}: {ranks.silence()}", cause=e)
 
     def _batches(self):
         """The batches of steps k, k+1, ... in the order that (seed, epoch) gives; this process's share of each."""
@@ -139,25 +154,23 @@ class _Run:
             epoch, skip = divmod(self.k, self.per_epoch)
             batches = self.task.batches("train", size, seed=seed, epoch=epoch, start=skip)
             for batch in itertools.islice(batches, self.total - self.k):
-                yield {key: self._mine(v) if torch.is_tensor(v) else v for key, v in batch.items()}
+                mine, *share = ranks.share(batch, getattr(self.task, "counted", _rows))
+                yield {key: v.to(self.accelerator.device) if torch.is_tensor(v) else v for key, v in mine.items()}, *share
             if self.k // self.per_epoch == epoch and self.k < self.total:
                 raise RuntimeError(f"{type(self.task).__name__} gave fewer than n_batches('train', {size}) in epoch {epoch}")
 
-    def _mine(self, v):
-        n, i = self.accelerator.num_processes, self.accelerator.process_index
-        return (v[i::n] if n > 1 else v).to(self.accelerator.device)
-
-    def _loss(self, batch):
+    def _loss(self, batch, part, rows):
         with self.accelerator.autocast():
-            return self.task.loss(self.model, batch) + self.tuned.penalty()
-
-    def _agreed(self, loss):
-        value = loss.detach().float()
-        return (self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value).item()
+            if ranks.world() == 1:
+                return self.task.loss(self.tuned, batch) + self.tuned.penalty()
+            return part * self.task.loss(self.tuned, batch) + rows * self.tuned.penalty()
 
     def _update(self, loss):
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_([p for _, p in self.tuned.trainable()], self.options["clip"])
+        params = [p for _, p in self.tuned.trainable()]
+        ranks.sum_gradients(params)
+        clip = ranks.clip if any(map(ranks.sharded, params)) else self.accelerator.clip_grad_norm_
+        norm = clip(params, self.options["clip"])
         if not math.isfinite(float(norm)) and self.options["precision"] != "fp16":      # fp16's scaler skips such steps itself
             self._stop(f"The gradient became {float(norm)} at step {self.k + 1} of {self.total}.", now=True,
                        remedy="a lower learning rate")
@@ -168,6 +181,11 @@ class _Run:
         self.optimizer.zero_grad()
 
     # -- checkpoints and stopping -----------------------------------------------------------------------------------
+    def _same(self):
+        if not ranks.same(checkpoint.tensors_of(self.tuned.states).values()):
+            self._stop(f"The processes no longer hold the same state after step {self.k}: something in {self.tuned.chain!r} goes "
+                       "by what one process alone sees (its rows, or random numbers of its own).", remedy="one process")
+
     def _due(self):
         if not self.folder or self.k == self.saved_k:
             return False
@@ -176,19 +194,22 @@ class _Run:
         return self.k % self.every == 0 if self.every else time.monotonic() - self.saved_at >= SECONDS
 
     def save(self, generators):
-        if not self.accelerator.is_main_process:
-            return
         self.saved_k, self.saved_at = self.k, time.monotonic()
-        tensors, numbers = generators
+        self._same()
+        states = checkpoint.tensors_of(self.tuned.states)
         named = self.tuned.trainable()
-        tensors = {**{f"state/{n}": t for n, t in checkpoint.tensors_of(self.tuned.states).items()},
-                   **{f"optimizer/{n}": t for n, t in checkpoint.optimizer_tensors(self.plain, named).items()},
-                   **{f"rng/{n}": t for n, t in tensors.items()},
-                   "history/loss": torch.tensor(self.losses, dtype=torch.float64)}
-        facts = dict(step=self.k, total=self.total, chain=repr(self.tuned.chain), options=self.options, rng=numbers,
+        tensors = {**{f"state/{n}": t for n, t in states.items()},
+                   **{f"optimizer/{n}": t for n, t in checkpoint.optimizer_tensors(self.plain, named).items()}}
+        tensors = {n: ranks.whole(t.detach()) for n, t in tensors.items()} | {
+            "history/loss": torch.tensor(self.losses, dtype=torch.float64)}
+        facts = dict(step=self.k, total=self.total, chain=repr(self.tuned.chain), options=self.options,
                      plain=checkpoint.plain_of(self.tuned.states))
+        for r, (random_tensors, numbers) in enumerate(ranks.everyone(generators)):
+            tensors |= {f"{_rng(r)}/{n}": t for n, t in random_tensors.items()}
+            facts[_rng(r)] = numbers
         try:
-            self.good = checkpoint.write(self.folder, self.k, tensors, facts)
+            self.good = ranks.told(lambda: checkpoint.write(self.folder, self.k, tensors, facts))
+            self.good_k = self.k
         except Exception as e:                             # safetensors wraps the operating system's error in its own
             if not isinstance(e, OSError) and "os error" not in str(e).lower():
                 raise
@@ -200,10 +221,13 @@ class _Run:
         """End the run in a good state and say which: the present one if `now`, else the last checkpoint."""
         if now and self.folder:
             self.save(checkpoint.rng())
-        elif self.good:
+        back = not now and self.good or any(ranks.sharded(p) for p in self.tuned.states.parameters())
+        if back and self.good and ranks.rank() == 0:       # asking nobody: the others may be gone
+            ranks.gather(self.tuned, lambda p: torch.empty(p.shape, dtype=p.dtype))
             tensors, facts, _ = checkpoint.newest(self.folder)
             checkpoint.restore(self.tuned.states, _under("state/", tensors), facts["plain"])
-            self.tuned.k = self.k = facts["step"]
+        if back:
+            self.tuned.k = self.k = self.good_k
         if self.good:
             kept = f"The last good state, after {self.k} steps, is in {self.folder}; go on with --resume"
             kept += f" and {remedy}." if remedy else "."
@@ -213,6 +237,14 @@ class _Run:
         error = RunStopped(f"{what} {kept}")
         error.interrupted, error.step = interrupted, self.k
         raise error from cause
+
+
+def _rng(r):
+    return f"rng{r or ''}"
+
+
+def _rows(batch):
+    return max(len(v) for v in batch.values() if torch.is_tensor(v))
 
 
 def rate(k, total, lr, schedule="linear", warmup=0.06):
@@ -313,6 +345,8 @@ def _patience():
         return
 
     def note(number, frame):
+        if asked and ranks.launched():
+            return                                         # torchrun passes on what the terminal has sent already
         if asked:
             raise KeyboardInterrupt
         asked.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)

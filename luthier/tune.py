@@ -15,19 +15,22 @@ from .method import parse
 
 
 def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no",
-         schedule="linear", progress=None,
-         log=None, say=lambda text: None, **task_options):
-    """Fit `chain` to the data; returns {"metric": ..., ...} on the test split. On a stop (Ctrl-C, NaN, full disk) the last good
+         schedule="linear", parallel=None, progress=None, log=None,
+         say=lambda text: None, **task_options):
+    """Fit `chain` to the data, in all the processes that torchrun started; returns {"metric": ..., ...} on the test split. On a stop (Ctrl-C, NaN, full disk) the last good
     state is what lies in `out`, and `resume` goes on from it."""
-    from . import tasks
+    from . import ranks, tasks
     from .compare.fit import ready
     from .train import train
 
-    out, model = Path(out), zoo.lasting(model)
-    if (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists():
+    out, model, chain = Path(out), zoo.lasting(model), parse(chain)
+    ranks.join()
+    ranks.fit(chain, parallel, precision)
+    if ranks.told(lambda: (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists()):
         raise BadState(f"{out} holds a tuned model already. Choose another folder, or move it away.")
-    chain, task = parse(chain), tasks.open(data, model=model, **task_options)
+    task = tasks.open(data, model=model, **task_options)
     facts = task.describe()
+    say = say if ranks.rank() == 0 else lambda text: None
     say(f"{facts['source']}: {facts['kind']}, " + ", ".join(f"{n:,} {s}" for s, n in facts["sizes"].items())
         + f"; columns {', '.join(f'{k}={v}' for k, v in facts['columns'].items())}; scored by {task.metric}"
         + "".join(f"\n  {note}" for note in facts["notes"]))
@@ -35,16 +38,19 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     extra = {"task": task.spec(), "seed": seed}
     try:
         history = train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume, every=every,
-                        precision=precision, schedule=schedule, progress=progress, log=log)
+                        precision=precision, schedule=schedule, parallel=parallel, progress=progress, log=log)
     except RunStopped as stop:
-        if tuned.k:                                        # tuned holds the last good state; keep it usable, if the disk lets us
+        if tuned.k and ranks.rank() == 0:                  # tuned holds the last good state; keep it usable, if the disk lets us
             try:
                 tuned.save(out, extra=extra | {"steps": tuned.k})
             except BadState:
                 pass
         raise stop
-    scores = task.evaluate(tuned)
-    tuned.save(out, extra=extra | {"steps": history["steps"], "scores": scores})
+    with ranks.together(f"Training is over, and its last state is in {out / 'checkpoints'}: --resume evaluates and saves it."):
+        scores = task.evaluate(tuned)
+        ranks.gather(tuned)
+        ranks.told(lambda: tuned.save(out, extra=extra | {"steps": history["steps"], "scores": scores}))
+        ranks.leave()
     return scores
 
 

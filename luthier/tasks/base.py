@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import zoo
+from .. import ranks, zoo
 from ..errors import BadData, DoesNotFit, nearest
 from .headed import POOLS, Headed, head
 from .roles import parts
@@ -155,6 +155,10 @@ class Task:
     def loss(self, model, batch):
         raise NotImplementedError
 
+    def counted(self, batch):
+        """How many things the loss of a batch is the mean of."""
+        return len(next(iter(batch.values())))
+
     def logits(self, model, batch):
         out = model(**{k: v for k, v in to_device(batch, model).items() if k != "labels"})
         return (out["logits"] if isinstance(out, dict) else out.logits).float()
@@ -162,16 +166,19 @@ class Task:
     def outcomes(self, model, examples, batch_size):
         """Yield (batch, logits) over examples sorted by length, with the indices of each batch."""
         index = sorted(range(len(examples)), key=lambda i: self.length(examples[i]) or 0)
+
+        def run(part):
+            batch = self.collate([examples[k] for k in part])
+            if hasattr(model, "serve_rows"):               # a rack: each row has its own adapter
+                model.serve_rows(part)
+            logits = self.logits(model, batch)
+            return part, {k: v for k, v in batch.items() if k == "labels"}, logits
+
         was = model.training
         model.eval()
         try:
             with torch.no_grad():
-                for i in range(0, len(index), batch_size):
-                    part = index[i:i + batch_size]
-                    batch = self.collate([examples[k] for k in part])
-                    if hasattr(model, "serve_rows"):       # a rack: each row has its own adapter
-                        model.serve_rows(part)
-                    yield part, batch, self.logits(model, batch)
+                yield from ranks.spread([index[i:i + batch_size] for i in range(0, len(index), batch_size)], run)
         finally:
             model.train(was)
 

@@ -327,6 +327,9 @@ class TokenClassification(Text):
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten().to(logits.device), ignore_index=IGNORE)
 
+    def counted(self, batch):
+        return int((batch["labels"] != IGNORE).sum())
+
     def score(self, model, examples, batch_size):
         predicted, truth, total = [], [], 0.0
         for _, batch, logits in self.outcomes(model, examples, batch_size):

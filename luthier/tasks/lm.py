@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch.nn import functional as F
 
-from .. import zoo
+from .. import ranks, zoo
 from ..errors import BadData, DoesNotFit
 from . import metrics
 from .classify import IGNORE, Text
@@ -47,6 +47,9 @@ class Language(Text):
         total, n = self.nll(model, batch)
         return total / max(n, 1)
 
+    def counted(self, batch):
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
+
     def score(self, model, examples, batch_size):
         total = count = 0
         for nll, n in self.losses(model, examples, batch_size):
@@ -55,14 +58,16 @@ class Language(Text):
 
     def losses(self, model, examples, batch_size):
         index = sorted(range(len(examples)), key=lambda i: self.length(examples[i]))
+
+        def run(part):
+            nll, n = self.nll(model, self.collate([examples[k] for k in part]))
+            return nll.item(), n
+
         was = model.training
         model.eval()
         try:
             with torch.no_grad():
-                for i in range(0, len(index), batch_size):
-                    batch = self.collate([examples[k] for k in index[i:i + batch_size]])
-                    nll, n = self.nll(model, batch)
-                    yield nll.item(), n
+                yield from ranks.spread([index[i:i + batch_size] for i in range(0, len(index), batch_size)], run)
         finally:
             model.train(was)
 
