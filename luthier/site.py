@@ -119,11 +119,11 @@ class Site:
 
     @property
     def W(self):
-        return self.read(self.parameter.detach())
+        return self.read(_whole(self.parameter.detach()))
 
     @property
     def b(self):
-        return self.read_b(_get(self.module, self.bias).detach()) if self.bias else None
+        return self.read_b(_whole(_get(self.module, self.bias).detach())) if self.bias else None
 
     @property
     def peers(self):
@@ -195,6 +195,11 @@ def _put(P, rows, new):
     if isinstance(rows, tuple):
         return torch.cat([P[:rows[0]], new, P[rows[1]:]])
     return P.index_copy(0, rows.to(P.device), new)
+
+
+def _whole(P):
+    """All of a tensor that is spread over processes: every one of them asks."""
+    return P.full_tensor() if hasattr(P, "full_tensor") else P
 
 
 def _get(module, name):

@@ -221,8 +221,8 @@ class _Run:
         """End the run in a good state and say which: the present one if `now`, else the last checkpoint."""
         if now and self.folder:
             self.save(checkpoint.rng())
-        back = not now and self.good or any(ranks.sharded(p) for p in self.tuned.states.parameters())
-        if back and self.good and ranks.rank() == 0:       # asking nobody: the others may be gone
+        back = self.good and (not now or self.options.get("parallel") == "fsdp")
+        if back and ranks.rank() == 0:                     # asking nobody: the others may be gone
             ranks.gather(self.tuned, lambda p: torch.empty(p.shape, dtype=p.dtype))
             tensors, facts, _ = checkpoint.newest(self.folder)
             checkpoint.restore(self.tuned.states, _under("state/", tensors), facts["plain"])

@@ -61,6 +61,8 @@ class increlora(Method):
         return W + D
 
     def note(self, p, D, g):
+        if distributed.is_initialized():   # every process must see the same
+            distributed.all_reduce(g := g.clone())
         p.seen[0] = (D * g).abs().sum() / D.numel() ** 0.5
 
     def fast(self, x, y, p):               # (..., d_in) -> (..., d_out); importance needs the dense gradient while ranks grow
@@ -96,8 +98,6 @@ class increlora(Method):
 
     def scores(self, states):              # (sites,): Ī Ū, after both have moved on
         now, mean, spread = torch.stack([p.seen for p in states], 1)
-        if distributed.is_initialized():   # every process must choose the same
-            distributed.all_reduce(now)
         mean = self.beta1 * mean + (1 - self.beta1) * now
         spread = self.beta2 * spread + (1 - self.beta2) * (now - mean).abs()
         for p, *seen in zip(states, now, mean, spread, strict=True):
