@@ -39,6 +39,7 @@ from .errors import BadChain, UnknownName, nearest
 
 VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "stream", "around", "attend", "loss", "step", "produce")
 REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
+INCLUDED: dict[str, None] = {}          # files of the user's own methods: other processes must read them, too
 
 
 class Declared:
@@ -206,6 +207,7 @@ def include(path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
+    INCLUDED[str(path.resolve())] = None
     new = sorted(set(REGISTRY) - known) or [n for n, m in REGISTRY.items() if m.__module__ == path.stem]
     if not new:
         raise BadChain(f"--import {path}: the file defines no @method class. See `luthier methods` for examples.")

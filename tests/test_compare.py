@@ -23,6 +23,7 @@ from luthier.compare.measure import Meter, touched
 from luthier.compare.rows import answer, rows
 from luthier.compare.stats import interval, paired, t_cdf, t_quantile
 from luthier.errors import BadChain, BadState, DoesNotFit, LuthierError, NoSuchSite, RunStopped
+from luthier.method import INCLUDED, REGISTRY, include
 
 torchvision()
 ROOT = Path(__file__).parent.parent
@@ -158,11 +159,68 @@ def test_equal_runs_give_equal_scores_here_and_in_processes(place):
     assert [r["scores"] for r in rows(one)] == [r["scores"] for r in rows(two)]
 
 
-def test_ray(place):
+@pytest.fixture
+def own(tmp_path):
+    """A method of the user's own, in a file that only --import knows."""
+    file = tmp_path / "own_scale.py"
+    file.write_text('"""W\' = (1 + g) W"""\nfrom luthier.method import Method, method\n\n\n@method\nclass own_scale(Method):\n'
+                    '    at: str = "attn.q"\n\n    def init(self, site):\n        return dict(g=site.zeros(site.d_out, 1))\n\n'
+                    '    def weight(self, W, p):\n        return (1 + p.g) * W\n')
+    for name in include(file):
+        yield name
+        REGISTRY.pop(name)
+        INCLUDED.clear()
+
+
+def test_a_method_of_ones_own_runs_in_other_processes(place, own):
+    one = compare(*place, own, 2, None, measure=False, **QUICK)
+    two = compare(*place, own, 2, None, measure=False, jobs=2, **QUICK)
+    assert [r["scores"] for r in rows(one)] == [r["scores"] for r in rows(two)]
+
+
+def test_ray(place, own):
     pytest.importorskip("ray")
-    one = compare(*place, "probe", 2, None, measure=False, **QUICK)
-    far = compare(*place, "probe", 2, None, measure=False, ray="local", **QUICK)
+    one = compare(*place, f"probe, {own}", 1, None, measure=False, **QUICK)
+    far = compare(*place, f"probe, {own}", 1, None, measure=False, ray="local", **QUICK)
     assert [r["scores"] for r in rows(one)] == [r["scores"] for r in rows(far)]
+
+
+def test_other_machines_are_given_absolute_paths(place, monkeypatch):
+    monkeypatch.chdir(Path(place[0]).parent)
+    assert work._absolute({"source": "light.npz", "model": "vit", "limit": 3}) == {
+        "source": place[0], "model": place[1], "limit": 3}
+    assert work._absolute({"source": "digits", "model": "minilm"}) == {"source": "digits", "model": "minilm"}
+
+
+@pytest.mark.parametrize("has, asks", [({"CPU": 8.0}, 0), ({"CPU": 8.0, "GPU": 4.0}, 1)])
+def test_on_a_cluster_with_gpus_each_entry_asks_for_one(monkeypatch, has, asks):
+    """Ray hides the GPUs from a task that asks for none. A Ray of straw, for there is no GPU here."""
+    class Straw:
+        class exceptions:
+            RayTaskError = type("RayTaskError", (Exception,), {})
+            RayError = type("RayError", (Exception,), {})
+        asked = {}
+
+        def is_initialized(self):
+            return True
+
+        def cluster_resources(self):
+            return has
+
+        def remote(self, **options):
+            Straw.asked = options
+            return lambda fn: type("Remote", (), {"remote": staticmethod(lambda job, files: "there")})
+
+        def wait(self, references, num_returns):
+            return references[:1], references[1:]
+
+        def get(self, reference):
+            raise Straw.exceptions.RayError("the node died")
+
+    monkeypatch.setitem(sys.modules, "ray", Straw())
+    with pytest.raises(LuthierError, match="node died.*What was finished is kept"):
+        list(work.run([{"task": {"source": "x"}}], ray="auto"))
+    assert Straw.asked == {"num_cpus": 1, "num_gpus": asks}
 
 
 def test_without_ray_the_remedy_is_said(place, monkeypatch):

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from .. import method
 from ..errors import LuthierError, RunStopped
 from .fit import fit
 
@@ -87,7 +88,7 @@ def run(jobs, n=1, ray=None, tell=lambda steps: None):
 def _in_processes(jobs, n, tell):
     context = multiprocessing.get_context("spawn")
     news, threads = context.Queue(), max(1, (os.cpu_count() or 1) // n)
-    with ProcessPoolExecutor(n, context, _begin, (threads, news)) as pool:
+    with ProcessPoolExecutor(n, context, _begin, (threads, news, list(method.INCLUDED))) as pool:
         places = {pool.submit(_do, job): i for i, job in enumerate(jobs)}
         try:
             while places:
@@ -106,8 +107,10 @@ def _in_processes(jobs, n, tell):
                 child.terminate()
 
 
-def _begin(threads, news):
+def _begin(threads, news, files):
     import torch
+
+    _include(files)
 
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is the parent's to handle
@@ -122,6 +125,23 @@ def _end_with_parent():
 
 def _do(job):
     return do(job, _do.news.put)
+
+
+def _include(files):
+    for file in files:
+        if file not in method.INCLUDED:
+            method.include(file)
+
+
+def _far(job, files):
+    """An entry on another machine, which sees the same files under the same absolute paths."""
+    _include(files)
+    return do(job)
+
+
+def _absolute(reference):
+    there = {k: os.path.abspath(v) for k, v in reference.items() if k in ("source", "model") and v and os.path.exists(v)}
+    return reference | there
 
 
 def _on_ray(jobs, address, tell):
@@ -139,8 +159,9 @@ def _on_ray(jobs, address, tell):
             raise LuthierError(f"No Ray cluster answers at {address!r}: {str(e).splitlines()[0]} Start one with `ray start "
                                "--head`, or use --ray local.") from e
     try:
-        remote = ray.remote(num_cpus=1)(do)
-        places = {remote.remote(job): i for i, job in enumerate(jobs)}
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0           # Ray hides the GPUs from whoever asks for none
+        remote, files = ray.remote(num_cpus=1, num_gpus=gpus)(_far), list(method.INCLUDED)
+        places = {remote.remote(job | {"task": _absolute(job["task"])}, files): i for i, job in enumerate(jobs)}
         while places:
             finished, _ = ray.wait(list(places), num_returns=1)
             for reference in finished:
@@ -149,6 +170,9 @@ def _on_ray(jobs, address, tell):
                     result = ray.get(reference)
                 except ray.exceptions.RayTaskError as e:
                     raise e.cause if isinstance(e.cause, LuthierError) else e from None
+                except ray.exceptions.RayError as e:       # a worker or a machine was lost, again and again
+                    raise LuthierError(f"Ray gave an entry up: {' '.join(str(e).split())[:300]} What was finished is kept: the same "
+                                       "command goes on from there.") from e
                 tell(result.get("steps", 0))
                 yield i, result
     finally:
