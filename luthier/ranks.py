@@ -108,7 +108,7 @@ def together(where=""):
         _spread = before
 
 
-def fit(chain, parallel, precision):
+def fit(parallel, precision):
     """Refuse, before anything is loaded, what cannot run in this way."""
     if parallel not in (None, *WAYS):
         raise LuthierError(f"parallel={parallel!r}: there are {' and '.join(WAYS)}.")

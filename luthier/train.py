@@ -45,7 +45,7 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
     if resume and out is None:
         raise BadState("There is nothing to resume from: name the folder of the earlier run with out=.")
     ranks.join()
-    ranks.fit(tuned.chain, parallel, precision)
+    ranks.fit(parallel, precision)
     options = dict(lr=lr, batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, weight_decay=weight_decay,
                    precision=precision) | (dict(processes=ranks.world(), parallel=parallel or "ddp") if ranks.world() > 1 else {})
     run = _Run(tuned, task, total, per_epoch, _accelerator(precision), folder=out and Path(out) / "checkpoints", every=every,

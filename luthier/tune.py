@@ -25,7 +25,7 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
 
     out, model, chain = Path(out), zoo.lasting(model), parse(chain)
     ranks.join()
-    ranks.fit(chain, parallel, precision)
+    ranks.fit(parallel, precision)
     if ranks.told(lambda: (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists()):
         raise BadState(f"{out} holds a tuned model already. Choose another folder, or move it away.")
     task = tasks.open(data, model=model, **task_options)
