@@ -1,18 +1,21 @@
-"""What tests/test_scale.py runs in two processes (and, for comparison, in one): python scale_worker.py WHAT OUT."""
+"""What tests/test_scale.py runs in two processes, and for comparison in one. A fork server imports this once for all of them."""
 
 import gc
+import os
 import sys
-import time
 import weakref
 from pathlib import Path
 
 import torch
 
-from luthier import attach, ranks, tiny
+from luthier import attach, cli, ranks, tiny
 from luthier._compat import torchvision
 from luthier.method import Method, discover, method
 from luthier.train import train
 
+torchvision()
+torch.set_num_threads(1)
+tiny.build("llama")                      # imports what takes long, before any fork
 CHAINS = ["lora(at='linear')", "ia3()", "prompt(n=3)", "ladder(reduce=2)", "full()", "adalora(rank=4, target=2)",
           "deft(weight_l=0.01) >> houlsby(width=4)", "pego()", "gptq(bits=4, at='attn.q') >> lora(rank=2, at='attn.v')"]
 
@@ -112,11 +115,11 @@ def refused(parallel, out):
 
 def memory(parallel, out):
     """Bytes of the base: whole, the share between steps, and the most that lives while the blocks run."""
-    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        model = LlamaForCausalLM(LlamaConfig(
             **tiny.TEXT, hidden_size=128, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4))
     whole, held = sum(p.nbytes for p in model.parameters()), []
     tuned = attach(model, "lora()")
@@ -141,19 +144,18 @@ def alive():
     return sum(found.values())
 
 
-def hang(parallel, out):
-    """A run that is long enough to be killed in."""
-    tuned = ready("lora()")
-    train(tuned, Lines(), epochs=10**6, batch_size=4, out=out.parent / "run", every=1, log=False,
-          progress=lambda k, total, loss: time.sleep(0.01))
-
-
-if __name__ == "__main__":
-    torchvision()
+def child(env, argv, said):
+    """One of several processes as torchrun starts them: `luthier ARGV`, or WHAT WAY OUT of this file. Its words go to a file."""
+    os.environ.update(env)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     torch.set_num_threads(1)
-    what, parallel, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if argv[0] == "luthier":
+        sys.exit(cli.main(argv[1:]))
+    what, parallel, out = argv[0], argv[1], Path(argv[2])
     ranks.join()
-    found = {"both": both, "resume": resume, "refused": refused, "memory": memory, "hang": hang}[what](parallel, out)
+    found = {"both": both, "resume": resume, "refused": refused, "memory": memory}[what](parallel, out)
     if ranks.rank() == 0:
         torch.save(found, out)
     ranks.leave()

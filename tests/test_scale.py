@@ -1,5 +1,6 @@
 """Several processes are one run: the loss, the weights and the predictions of one process, on gloo. No GPU is needed, or tried."""
 
+import multiprocessing
 import os
 import re
 import shlex
@@ -19,17 +20,58 @@ from luthier import cli, ranks
 from luthier.errors import LuthierError
 
 ROOT = Path(__file__).parent.parent
-WORKER = str(Path(__file__).with_name("scale_worker.py"))
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
             "--rdzv-endpoint=127.0.0.1:0"]
 WAYS = ranks.WAYS
 
 
-def worker(what, way, folder):
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Starts two processes with the variables that torchrun sets, but without torchrun, whose way with a death is its own."""
+    fork, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    fork.set_forkserver_preload(["scale_worker"])
+
+    def start(argv, folder, **env):
+        env |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port()))
+        runs = []
+        for r in "01":
+            runs.append(fork.Process(target=scale_worker.child, args=(env | dict(RANK=r, LOCAL_RANK=r), argv,
+                                                                      str(folder / f"said-{r}"))))
+            runs[-1].start()
+            runs[-1].said = folder / f"said-{r}"
+        started.extend(runs)
+        return runs
+
+    started = []
+    os.environ["PYTHONPATH"] = ENV["PYTHONPATH"]
+    yield start
+    if before is None:
+        os.environ.pop("PYTHONPATH")
+    else:
+        os.environ["PYTHONPATH"] = before
+    for r in started:
+        r.kill()
+        r.join()
+
+
+def ended(runs, seconds=200):
+    """(exit code, words) of each."""
+    for r in runs:
+        r.join(seconds)
+    return [(r.exitcode, " ".join(r.said.read_text("utf-8").split())) for r in runs]
+
+
+def worker(pair, what, way, folder):
     out = folder / f"{what}-{way}.pt"
-    run = subprocess.run([*TORCHRUN, WORKER, what, way, str(out)], capture_output=True, text=True, env=ENV, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    found = ended(pair([what, way, str(out)], folder))
+    assert [code for code, _ in found] == [0, 0], found
     return torch.load(out)
 
 
@@ -37,10 +79,10 @@ def worker(what, way, folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(pair, tmp_path_factory):
     """way -> {chain: what two processes found}; each pair of processes does all chains."""
     found, folder = {}, tmp_path_factory.mktemp("two")
-    return lambda way: found[way] if way in found else found.setdefault(way, worker("both", way, folder))
+    return lambda way: found[way] if way in found else found.setdefault(way, worker(pair, "both", way, folder))
 
 
 @pytest.mark.parametrize("chain", scale_worker.CHAINS)
@@ -59,25 +101,25 @@ def test_two_processes_are_one(two, way, chain):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_resume_equals_uninterrupted_to_the_bit(tmp_path, way):
+def test_resume_equals_uninterrupted_to_the_bit(pair, tmp_path, way):
     """Every process draws its own dropout, and draws it again."""
-    for chain, (whole, resumed) in worker("resume", way, tmp_path).items():
+    for chain, (whole, resumed) in worker(pair, "resume", way, tmp_path).items():
         assert whole["loss"] == resumed["loss"] and torch.equal(whole["logits"], resumed["logits"]), chain
         assert all(torch.equal(t, resumed["state"][n]) for n, t in whole["state"].items()), chain
         assert whole["loss"] != scale_worker.run(chain, dropout=0.2)["loss"]           # other dropout than one process draws
 
 
-def test_a_sharded_base_takes_half_the_memory(tmp_path):
+def test_a_sharded_base_takes_half_the_memory(pair, tmp_path):
     """12 blocks over two processes: half of everything, and while a block runs that block and the next one whole."""
-    one, half = worker("memory", "ddp", tmp_path), worker("memory", "fsdp", tmp_path)
+    one, half = worker(pair, "memory", "ddp", tmp_path), worker(pair, "memory", "fsdp", tmp_path)
     assert one["peak"] >= one["whole"] == half["whole"] and one["share"] == 0
     assert half["share"] == pytest.approx(half["whole"] / 2, rel=0.01) and half["kept"] == 0
     print({k: v / half["whole"] for k, v in half.items()}, one)
     assert half["peak"] < 0.8 * one["peak"]
 
 
-def test_a_state_that_drifts_apart_is_noticed(tmp_path):
-    for said in worker("refused", "ddp", tmp_path):
+def test_a_state_that_drifts_apart_is_noticed(pair, tmp_path):
+    for said in worker(pair, "refused", "ddp", tmp_path):
         assert said.startswith("RunStopped: The processes no longer hold the same state") and "one process" in said
     assert len(said)
 
@@ -112,14 +154,13 @@ def history(out):
 
 
 @pytest.mark.parametrize("more", [[], ["--parallel", "fsdp"]], ids=["", "fsdp"])
-def test_torchrun_tune(place, tmp_path, capsys, more):
+def test_two_processes_tune_as_one(pair, place, tmp_path, capsys, more):
     one, several = tmp_path / "one", tmp_path / "two"
     assert cli.main(tune(place, one)) == 0
-    said = capsys.readouterr().out
-    run = subprocess.run([*TORCHRUN, "-m", "luthier", *tune(place, several, *more)], capture_output=True, text=True, env=ENV,
-                         timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.replace(str(several), str(one)) == said and run.stderr.count("text-classification") == 1
+    said = capsys.readouterr()
+    (code, words), other = ended(pair(["luthier", *tune(place, several, *more)], tmp_path))
+    assert code == 0 and other == (0, ""), (words, other)
+    assert all(" ".join(line.split()) in words for line in (said.out + said.err).replace(str(one), str(several)).splitlines())
     assert (history(one) - history(several)).abs().max() < 1e-5
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in several.iterdir())
     answers = []
@@ -131,60 +172,35 @@ def test_torchrun_tune(place, tmp_path, capsys, more):
     assert "Resume with processes=2" in " ".join(capsys.readouterr().err.split())
 
 
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def pair(argv, **more):
-    """Two processes as torchrun starts them, without torchrun: what it does about a death is its own."""
-    env = ENV | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port()), **more)
-    return [subprocess.Popen([sys.executable, *argv], env=env | dict(RANK=r, LOCAL_RANK=r), text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT) for r in "01"]
-
-
-def until(there, runs, seconds=120):
+def until(there, runs, seconds=200):
     since = time.monotonic()
     while not there():
-        assert time.monotonic() - since < seconds and all(r.poll() is None for r in runs), [r.poll() for r in runs]
+        assert time.monotonic() - since < seconds and all(r.exitcode is None for r in runs), [r.said.read_text() for r in runs]
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_dies_or_hangs_ends_the_run(place, tmp_path, how):
+def test_a_process_that_dies_or_hangs_ends_the_run(pair, place, tmp_path, how):
     out = tmp_path / "out"
-    runs = pair(["-m", "luthier", *tune(place, out, "--epochs", "100000", "--every", "5")], LUTHIER_TIMEOUT="5")
-    try:
-        until(lambda: len(list(out.glob("checkpoints/step-*"))) > 1, runs)
-        runs[1].send_signal(getattr(signal, how))
-        said, _ = runs[0].communicate(timeout=60)
-        said = " ".join(said.split())
-        assert runs[0].returncode == 2 and said.count("luthier:") == 1 and "Another of the 2 processes died" in said, said
-        assert "go on with --resume" in said and (out / "state.safetensors").exists()
-        assert not list(out.glob("checkpoints/.partial*"))
-    finally:
-        for r in runs:
-            r.kill()
-            r.communicate()
+    runs = pair(["luthier", *tune(place, out, "--epochs", "100000", "--every", "5")], tmp_path, LUTHIER_TIMEOUT="8")
+    until(lambda: len(list(out.glob("checkpoints/step-*"))) > 1, runs)
+    os.kill(runs[1].pid, getattr(signal, how))
+    (code, said), = ended(runs[:1])
+    assert code == 2 and said.count("luthier:") == 1 and "Another of the 2 processes died" in said, said
+    assert "go on with --resume" in said and (out / "state.safetensors").exists()
+    assert not list(out.glob("checkpoints/.partial*"))
 
 
-def test_ctrl_c_ends_both_in_a_good_state(place, tmp_path):
+def test_ctrl_c_ends_both_in_a_good_state(pair, place, tmp_path):
     """One process is told; both stop after the same step."""
     out = tmp_path / "out"
-    runs = pair(["-m", "luthier", *tune(place, out, "--epochs", "100000", "--every", "5")])
-    try:
-        until(lambda: list(out.glob("checkpoints/step-*")), runs)
-        runs[1].send_signal(signal.SIGINT)
-        said = [" ".join(r.communicate(timeout=60)[0].split()) for r in runs]
-        assert [r.returncode for r in runs] == [130, 130] and sum("luthier:" in s for s in said) == 1, said
-        assert "Stopped by" in "".join(said) and "go on with --resume" in "".join(said)
-        steps = len(history(out))
-        assert f"after {steps} steps" in "".join(said)
-    finally:
-        for r in runs:
-            r.kill()
-            r.communicate()
+    runs = pair(["luthier", *tune(place, out, "--epochs", "100000", "--every", "5")], tmp_path)
+    until(lambda: list(out.glob("checkpoints/step-*")), runs)
+    os.kill(runs[1].pid, signal.SIGINT)
+    found = ended(runs)
+    said = "".join(words for _, words in found)
+    assert [code for code, _ in found] == [130, 130] and said.count("luthier:") == 1, found
+    assert "Stopped by" in said and "go on with --resume" in said and f"after {len(history(out))} steps" in said
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------------
@@ -238,8 +254,8 @@ def test_a_base_that_cannot_be_cut_is_refused(monkeypatch):
 # -- the page ---------------------------------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") if (ROOT / "docs" / "scale.md").exists() else ""
-BLOCKS = [" ".join(line.rstrip("\\") for line in block.splitlines()) for block in re.findall(r"```console\n(.*?)```", PAGE, re.S)]
-LINES = [shlex.split(c) for block in BLOCKS for c in re.findall(r"\$ (.*?)(?=\$ |$)", block)]
+LINES = [shlex.split(line.removeprefix("$ ")) for block in re.findall(r"```(?:console|bash)\n(.*?)```", PAGE, re.S)
+         for line in re.sub(r"\\\n *", "", block).splitlines() if line.startswith(("$ ", "srun "))]
 
 
 @pytest.mark.parametrize("words", LINES, ids=lambda w: " ".join(w)[:60])
@@ -254,7 +270,7 @@ def test_every_command_of_the_page_is_understood(words):
     elif words[0] == "luthier":
         cli._parse(words[1:])
     else:
-        assert words[0] in ("sbatch", "ray", "pip"), words
+        assert words[:2] == ["ray", "start"]
 
 
 @pytest.mark.parametrize("words", [w for w in LINES if w[0] == "torchrun" and "--nnodes" not in w], ids=lambda w: " ".join(w)[:60])
