@@ -216,7 +216,7 @@ def tune(a):
     scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed,
                   resume=a.resume, every=a.every, precision=a.precision, schedule=a.schedule, parallel=a.parallel,
                   log=False if a.log == "none" else a.log, say=lambda text: print(text, file=sys.stderr), **_task_options(a))
-    if not _first():
+    if _several() and os.environ["RANK"] != "0":
         return
     if a.json:
         print(json.dumps(scores))
@@ -596,20 +596,16 @@ def main(argv=None):
 
 
 def _several():
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "LOCAL_RANK" in os.environ
-
-
-def _first():
-    """Whether this is the process to speak, of those that torchrun started."""
-    if not _several():
-        return True
+    """luthier.ranks, where torchrun started this process as one of several; else None."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
     from . import ranks
 
-    return ranks.first()
+    return ranks if ranks.launched() else None
 
 
 def _complain(text, debug):
-    if not debug and not _first():
+    if (ranks := _several()) and not (debug or ranks.first()):
         return
     if debug:
         import traceback

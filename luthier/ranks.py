@@ -34,7 +34,7 @@ _spread = False
 
 
 def launched():
-    """Whether torchrun (or what sets the same variables) started this process as one of several."""
+    """Whether torchrun, or what sets the same variables, started this process as one of several."""
     return all(os.environ.get(n) for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR")) and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
@@ -81,10 +81,12 @@ def first():
     """Whether it is this process's turn to say why the run ended: the first one that asks."""
     if not launched():
         return True
-    with contextlib.suppress(Exception):                   # the store may be gone by now
-        if _store is not None:
-            return _store.add("luthier/said", 1) == 1
-    return os.environ["RANK"] == "0"
+    if _store is None:
+        return os.environ["RANK"] == "0"
+    try:
+        return _store.add("luthier/said", 1) == 1
+    except RuntimeError:                                   # whoever held it is gone, too
+        return True
 
 
 def lost(error):
@@ -203,7 +205,7 @@ def sum_gradients(params):
             p.grad.mul_(world())                           # fully_shard has averaged it
     for bucket in _buckets([p for p in params if not sharded(p)]):
         there = bucket[0].new_tensor([float(p.grad is not None) for p in bucket])
-        flat = torch.cat([*((p.detach() * 0 if p.grad is None else p.grad).reshape(-1) for p in bucket), there])
+        flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket), there])
         distributed.all_reduce(flat)
         *grads, there = flat.split([*(p.numel() for p in bucket), len(bucket)])
         for p, g, some in zip(bucket, grads, there.tolist(), strict=True):

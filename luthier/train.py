@@ -226,6 +226,7 @@ class _Run:
             ranks.gather(self.tuned, lambda p: torch.empty(p.shape, dtype=p.dtype))
             tensors, facts, _ = checkpoint.newest(self.folder)
             checkpoint.restore(self.tuned.states, _under("state/", tensors), facts["plain"])
+            self.good_k = facts["step"]
         if back:
             self.tuned.k = self.k = self.good_k
         if self.good:

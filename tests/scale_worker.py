@@ -102,12 +102,12 @@ def refused(parallel, out):
             for p in run.states.values():
                 p.g += torch.rand(()) * 1e-3
 
-    drifts.__module__ = "__main__"
     discover()
-    said = []
+    drifts.__module__, said = "__main__", []
+    chain = method(drifts)()
     for where in (None, out.parent / "drift"):
         try:
-            train(ready(method(drifts)()), Lines(), epochs=1, batch_size=4, out=where, log=False, progress=False)
+            train(ready(chain), Lines(), epochs=1, batch_size=4, out=where, log=False, progress=False)
         except Exception as e:
             said.append(f"{type(e).__name__}: {e}")
     return said
@@ -117,6 +117,8 @@ def memory(parallel, out):
     """Bytes of the base: whole, the share between steps, and the most that lives while the blocks run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    gc.collect()
+    gc.freeze()                                            # what was there before is not looked at
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
@@ -124,11 +126,9 @@ def memory(parallel, out):
     whole, held = sum(p.nbytes for p in model.parameters()), []
     tuned = attach(model, "lora()")
     once = [weakref.ref(p) for p in model.parameters()]
-    gc.collect()
-    before = alive()                                       # what Python itself and the task hold besides
     for block in model.model.layers:
-        block.register_forward_hook(lambda *a: held.append(alive() - before + whole))
-        block.register_full_backward_hook(lambda *a: held.append(alive() - before + whole))
+        block.register_forward_hook(lambda *a: held.append(alive()))
+        block.register_full_backward_hook(lambda *a: held.append(alive()))
     train(tuned, Lines(4), steps=2, batch_size=2, parallel=parallel, log=False, progress=False)
     gc.collect()
     share = sum(p.to_local().nbytes for p in model.parameters() if ranks.sharded(p))
@@ -136,7 +136,7 @@ def memory(parallel, out):
 
 
 def alive():
-    """Bytes of every tensor that Python can reach."""
+    """Bytes of every tensor that Python can reach, made since gc.freeze()."""
     found = {}
     for t in gc.get_objects():
         if isinstance(t, torch.Tensor) and type(t) in (torch.Tensor, torch.nn.Parameter):
