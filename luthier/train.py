@@ -202,11 +202,11 @@ class _Run:
                    **{f"optimizer/{n}": t for n, t in checkpoint.optimizer_tensors(self.plain, named).items()}}
         tensors = {n: ranks.whole(t.detach()) for n, t in tensors.items()} | {
             "history/loss": torch.tensor(self.losses, dtype=torch.float64)}
-        facts = dict(step=self.k, total=self.total, chain=repr(self.tuned.chain), options=self.options,
-                     plain=checkpoint.plain_of(self.tuned.states))
+        facts = dict(step=self.k, total=self.total, chain=repr(self.tuned.chain), options=self.options)
         for r, (random_tensors, numbers) in enumerate(ranks.everyone(generators)):
             tensors |= {f"{_rng(r)}/{n}": t for n, t in random_tensors.items()}
             facts[_rng(r)] = numbers
+        facts["plain"] = checkpoint.plain_of(self.tuned.states)
         try:
             self.good = ranks.told(lambda: checkpoint.write(self.folder, self.k, tensors, facts))
             self.good_k = self.k
