@@ -570,7 +570,7 @@ def main(argv=None):
     try:
         fn, a = _parse(argv)
         if _several() and fn is not tune:
-            raise LuthierError(f"torchrun started several processes, and `{argv[0]}` is the work of one. Of all commands only tune "
+            raise LuthierError(f"torchrun started several processes, and `{argv[0]}` is the work of one. Only tune "
                                "shares its work between them; compare has --jobs and --ray.")
         code = fn(a) or 0
         sys.stdout.flush()

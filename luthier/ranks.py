@@ -64,7 +64,8 @@ def join():
     limit = timedelta(seconds=patience())
     try:
         _store, r, n = next(distributed.rendezvous("env://", timeout=limit))
-        distributed.init_process_group("cuda:nccl,cpu:gloo" if gpus else "gloo", store=_store, rank=r, world_size=n, timeout=limit)
+        distributed.init_process_group("cuda:nccl,cpu:gloo" if gpus else "gloo", store=_store, rank=r, world_size=n,
+                                       timeout=limit)
     except (RuntimeError, ValueError) as e:
         raise LuthierError(f"The {os.environ['WORLD_SIZE']} processes did not find each other ({str(e).splitlines()[0][:200]}). "
                            "Check that --nnodes, --rdzv-endpoint and the network agree on every machine.") from e
@@ -123,8 +124,8 @@ def fit(parallel, precision):
 
 
 def silence():
-    return (f"Another of the {world()} processes died, or did not answer for {patience()} s (LUTHIER_TIMEOUT); torchrun's own words "
-            "say which.")
+    return (f"Another of the {world()} processes died, or did not answer for {patience()} s (LUTHIER_TIMEOUT); torchrun's own "
+            "words say which.")
 
 
 # -- talking ----------------------------------------------------------------------------------------------------------
@@ -270,7 +271,8 @@ def shard(tuned, device):
     base, mesh = tuned.base, init_device_mesh(device.type, (world(),))
     odd = next((n for n, p in base.named_parameters() if type(p) is not nn.Parameter), None)
     if odd is not None:
-        raise DoesNotFit(f"{odd} is a {type(base.get_parameter(odd)).__name__}, which fully_shard cannot cut. Use --parallel ddp.")
+        raise DoesNotFit(f"{odd} is of type {type(base.get_parameter(odd)).__name__}, which fully_shard cannot cut. "
+                         "Use --parallel ddp.")
     base.__dict__["luthier_base"] = save._base(base)       # read now: no process alone can do it later
     names = {id(p): n for n, p in base.named_parameters()}
     flags = [(table, [(names.get(id(p)), p, flag) for p, flag in table]) for table in (tuned._host.flags, tuned._frozen)]

@@ -2,9 +2,10 @@
 
     loss = task.loss(tuned, batch) + tuned.penalty();  backward;  clip;  AdamW;  tuned.step(optimizer)
 
-It stands on `accelerate` (device, precision); several processes are one run, see `ranks`. The learning rate is a function of the step alone, the order of the
-data of (seed, epoch) alone, and every generator is in the checkpoint, so a run that was killed and resumed equals one that was
-not, to the bit, on CPU. A checkpoint of step k is written only once the loss of step k is finite: the last one is always good.
+It stands on `accelerate` (device, precision); several processes are one run, see `ranks`. The learning rate is a function of the
+step alone, the order of the data of (seed, epoch) alone, and every generator is in the checkpoint, so a run that was killed and
+resumed equals one that was not, to the bit, on CPU. A checkpoint of step k is written only once the loss of step k is finite: the
+last one is always good.
 """
 
 import contextlib
@@ -46,8 +47,9 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
         raise BadState("There is nothing to resume from: name the folder of the earlier run with out=.")
     ranks.join()
     ranks.fit(parallel, precision)
-    options = dict(lr=lr, batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip, weight_decay=weight_decay,
-                   precision=precision) | (dict(processes=ranks.world(), parallel=parallel or "ddp") if ranks.world() > 1 else {})
+    options = dict(lr=lr, batch_size=batch_size, seed=seed, schedule=schedule, warmup=warmup, clip=clip,
+                   weight_decay=weight_decay, precision=precision)
+    options |= dict(processes=ranks.world(), parallel=parallel or "ddp") if ranks.world() > 1 else {}
     run = _Run(tuned, task, total, per_epoch, _accelerator(precision), folder=out and Path(out) / "checkpoints", every=every,
                options=options)
     began, first = time.monotonic(), run.start(resume)

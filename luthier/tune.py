@@ -17,8 +17,8 @@ from .method import parse
 def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, resume=False, every=None, precision="no",
          schedule="linear", parallel=None, progress=None, log=None,
          say=lambda text: None, **task_options):
-    """Fit `chain` to the data, in all the processes that torchrun started; returns {"metric": ..., ...} on the test split. On a stop (Ctrl-C, NaN, full disk) the last good
-    state is what lies in `out`, and `resume` goes on from it."""
+    """Fit `chain` to the data, in all the processes that torchrun started; returns {"metric": ..., ...} on the test split. On a
+    stop (Ctrl-C, NaN, full disk) the last good state is what lies in `out`, and `resume` goes on from it."""
     from . import ranks, tasks
     from .compare.fit import ready
     from .train import train

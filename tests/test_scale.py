@@ -1,4 +1,4 @@
-"""Several processes are one run: the loss, the weights and the predictions of one process, on gloo. No GPU is needed, or tried."""
+"""Several processes are one run: the loss, the weights and the predictions of one process, on gloo. No GPU is needed."""
 
 import multiprocessing
 import os
@@ -251,7 +251,7 @@ def test_a_base_that_cannot_be_cut_is_refused(monkeypatch):
     tuned = attach(model, "lora()")
     model.lm_head._parameters["weight"] = Odd(model.lm_head.weight.detach())
     monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *a: None)
-    with pytest.raises(LuthierError, match="lm_head.weight is a Odd.*--parallel ddp"):
+    with pytest.raises(LuthierError, match="lm_head.weight is of type Odd.*--parallel ddp"):
         ranks.shard(tuned, torch.device("cpu"))
 
 
@@ -277,7 +277,7 @@ def test_every_command_of_the_page_is_understood(words):
         assert words[:2] == ["ray", "start"]
 
 
-@pytest.mark.parametrize("words", [w for w in LINES if w[0] == "torchrun" and "--nnodes" not in w], ids=lambda w: " ".join(w)[:60])
+@pytest.mark.parametrize("words", [w for w in LINES if w[0] == "torchrun" and "--nnodes" not in w], ids=" ".join)
 def test_the_commands_for_one_machine_run(place, tmp_path, words):
     """On gloo, with two processes, little data and a tiny model."""
     words = [*TORCHRUN[:3], *TORCHRUN[4:], *words[1:]]

@@ -171,8 +171,8 @@ def _on_ray(jobs, address, tell):
                 except ray.exceptions.RayTaskError as e:
                     raise e.cause if isinstance(e.cause, LuthierError) else e from None
                 except ray.exceptions.RayError as e:       # a worker or a machine was lost, again and again
-                    raise LuthierError(f"Ray gave an entry up: {' '.join(str(e).split())[:300]} What was finished is kept: the same "
-                                       "command goes on from there.") from e
+                    raise LuthierError(f"Ray gave an entry up: {' '.join(str(e).split())[:300]} What was finished is kept: the "
+                                       "same command goes on from there.") from e
                 tell(result.get("steps", 0))
                 yield i, result
     finally:
