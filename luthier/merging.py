@@ -23,8 +23,8 @@ from .host import Entry, Host, Owner, composed, fetch
 from .method import call
 from .state import State
 
-SIZE = 1 << 18                             # entries of a site that are made and written at a time
-AHEAD = 16 * SIZE                          # bytes that may wait for the disk while the next are made
+SIZE = 1 << 20                             # entries of a site that are made and written at a time
+AHEAD = 16                                 # bytes an entry that may wait for the disk while the next are made
 
 
 def merge(model, chain, out, *, seed=0, data=(), loss=None):
@@ -224,7 +224,7 @@ class _File:
         at += 8 + len(self.text) + (row * (like.nbytes // max(len(like), 1)) if like.dim() else 0)
         data = memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self.waiting.append((self.disk.submit(self._write, data, at), len(data)))
-        while sum(n for _, n in self.waiting) > AHEAD:
+        while sum(n for _, n in self.waiting) > AHEAD * SIZE:
             self.waiting.pop(0)[0].result()
 
     def _write(self, data, at):

@@ -24,7 +24,7 @@ from luthier.methods.merge._experts import kth, near
 def small(monkeypatch):
     """Tiny models in many pieces."""
     monkeypatch.setattr(merging, "SIZE", 2000)
-    monkeypatch.setattr(merging, "AHEAD", 9000)
+    monkeypatch.setattr(merging, "AHEAD", 4)
     monkeypatch.setattr(_experts, "PART", 700)
     monkeypatch.setattr(_experts, "EVERY", 3)
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from luthier.errors import BadChain, BadState, WrongBase, nearest
 from luthier.host import fetch
 
-PART = (1 << 15) - 1                     # entries worked on at a time: they stay in the cache, and torch wakes no thread
-EVERY = 256                                # of so many parts, one says where a cut will about be
+PART = 1 << 18                             # entries worked on at a time: enough for several threads, few enough for the cache
+EVERY = 64                                 # of so many parts, one says where a cut will about be
 
 
 def located(experts):
