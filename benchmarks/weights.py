@@ -101,8 +101,8 @@ def merge(name="smollm2-135m", rounds=5):
     return [row(f"TIES of three {name}: peak above the base, over its largest layer", watched["anonymous"] / largest, 1.0,
                 bytes=dict(watched, block=block, largest=largest, live=ours)),
             timed(f"TIES of three {name}: seconds over reading three and writing one", times, "merge", "disk", 2.0,
-                  note=f"in a run of {whole:.1f} s finding how much of each whole expert stays took {searched:.1f} s; nearly all of "
-                       f"the rest is arithmetic, number by number, on three times {n / 1e6:.0f} million")]
+                  note=f"in a run of {whole:.1f} s finding how much of each whole expert stays took {searched:.1f} s; nearly all "
+                       f"of the rest is arithmetic, number by number, on three times {n / 1e6:.0f} million")]
 
 
 def _search(run):
