@@ -63,6 +63,24 @@ def _thin_alone(model, tokens, rank):
     return total
 
 
+KINDS = {"products": ("mm", "addmm", "addmm_", "bmm"), "element by element, what is made again included": (
+    "mul", "add", "add_", "silu", "gelu", "pow", "mean", "rsqrt", "sub", "mul_"), "copies": ("copy_", "cat", "fill_", "clone")}
+
+
+def _more(fn, than, times=8):
+    """{kind of operator: milliseconds of fn() above than()'s, in themselves}, as PyTorch's profiler counts them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds, found = {f"aten::{op}": kind for kind, ops in KINDS.items() for op in ops}, Counter()
+    for run, sign in ((fn, 1), (than, -1)):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            for _ in range(times):
+                run()
+        for e in seen.key_averages():
+            found[kinds.get(e.key, "the rest")] += sign * e.self_cpu_time_total / 1e3 / times
+    return dict(found.most_common())
+
+
 def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch.float32, dropouts=(0.0, 0.05)):
     """Time of a step with LoRA on all linears over the frozen limit; dropout 0 and 0.05; with and without recipes."""
     base, batch, found = llama(width, layers, dtype=dtype).requires_grad_(False).train(), ids(rows, tokens), []
@@ -78,7 +96,9 @@ def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch
         bound = 1.10 if not dropout and dtype == torch.float32 else 1 + (peer - 1) / 2
         what = f"step over the frozen limit: {size}" + f", dropout {dropout}" * bool(dropout)
         thin = _thin_alone(base, rows * tokens, rank) / statistics.median(times["limit"]) if dtype == torch.float32 else None
-        note = thin and f"the thin products alone, with nothing around them, take {thin:.3f} of the limit"
+        more = ", ".join(f"{v:.1f} ms {k}" for k, v in _more(fns["luthier"], fns["limit"]).items())
+        note = f"above the limit's {1e3 * statistics.median(times['limit']):.0f} ms a profiler sees {more}"
+        note += f"; the thin products, with nothing around them, take {thin:.3f} of the limit" if thin else ""
         found.append(timed(what, times, "luthier", "limit", bound, "peft", limit=LIMIT, note=note,
                            all_kept=timed("", times, "all kept", "limit", 0)["ours"]))
     return found
