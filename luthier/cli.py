@@ -81,9 +81,9 @@ SEEDS = arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or wh
 JOBS = arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)")
 TASK = (
     arg("--task", metavar="KIND", help="when the guess is wrong: text-classification, token-classification, "
-                                       "image-classification, causal-lm, instruction, regression"),
+                                       "image-classification, image-to-text, causal-lm, instruction, regression"),
     arg("--columns", type=pairs, metavar="ROLE=COLUMN,...", help="when the guess is wrong: roles text, text_pair, label, target, "
-                                                                 "tokens, tags, image, prompt, response"),
+                                                                 "tokens, tags, image, prompt, response, task"),
     arg("--metric", metavar="NAME", help="the primary metric, when the task has several"),
     arg("--limit", type=whole(2), metavar="N", help="at most N rows a split"),
     arg("--max-length", type=whole(2), metavar="N", help="tokens a row"),
@@ -187,21 +187,24 @@ def compare(a):
     _show(document, a)
 
 
+TRAINED = (
+    arg("--out", required=True, metavar="DIR", help="folder for the tuned state and its checkpoints"),
+    arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate (default 1e-3)"),
+    arg("--schedule", default="linear", metavar="TEXT",
+        help="of the learning rate: constant, linear, cosine, step, \"uba(phi=5)\" (default linear)"),
+    arg("--seed", type=whole(0), default=0, metavar="N", help="of what is new, the state and the order of the data (default 0)"),
+    arg("--resume", action="store_true", help="go on from the newest checkpoint in DIR"),
+    arg("--every", type=whole(1), metavar="N", help="steps between checkpoints (default: one a minute)"),
+    arg("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole models side by side (ddp, the default), or the base "
+                                                    "cut up over the processes (fsdp)"),
+    arg("--log", "--logger", choices=("tensorboard", "none"),
+        help="default: TensorBoard if it is installed (torchrun takes --log for its own; it lets --logger through)"),
+)
+
+
 @command(DATA, MODEL, arg("--with", dest="chain", required=True, metavar="CHAIN",
                           help="what to tune with, such as \"lora(rank=8) >> ssf()\""),
-         arg("--out", required=True, metavar="DIR", help="folder for the tuned state and its checkpoints"),
-         arg("--lr", type=positive, default=1e-3, metavar="X", help="learning rate (default 1e-3)"),
-         arg("--schedule", default="linear", metavar="TEXT",
-             help="of the learning rate: constant, linear, cosine, step, \"uba(phi=5)\" (default linear)"),
-         arg("--seed", type=whole(0), default=0, metavar="N",
-             help="of the head, the state and the order of the data (default 0)"),
-         arg("--resume", action="store_true", help="go on from the newest checkpoint in DIR"),
-         arg("--every", type=whole(1), metavar="N", help="steps between checkpoints (default: one a minute)"),
-         arg("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole models side by side (ddp, the default), or the "
-                                                         "base cut up over the processes (fsdp)"),
-         arg("--log", "--logger", choices=("tensorboard", "none"),
-             help="default: TensorBoard if it is installed (torchrun takes --log for its own; it lets --logger through)"),
-         *BUDGET, *TASK, IMPORT, JSON)
+         *TRAINED, *BUDGET, *TASK, IMPORT, JSON)
 def tune(a):
     """tune a model on your data with one chain
 
@@ -210,10 +213,14 @@ def tune(a):
     luthier tune reviews.csv --model minilm --with "lora(rank=8)" --out tuned
     torchrun --nproc-per-node 2 -m luthier tune reviews.csv --model minilm --with "lora(rank=8)" --out tuned
     """
+    _tune(a, a.model, a.chain)
+
+
+def _tune(a, model, chain):
     _include(a)
     from .tune import tune
 
-    scores = tune(a.data, a.model, a.chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed,
+    scores = tune(a.data, model, chain, a.out, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=a.seed,
                   resume=a.resume, every=a.every, precision=a.precision, schedule=a.schedule, parallel=a.parallel,
                   log=False if a.log == "none" else a.log, say=lambda text: print(text, file=sys.stderr), **_task_options(a))
     if _several() and os.environ["RANK"] != "0":
@@ -224,6 +231,23 @@ def tune(a):
         print("  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         folder = shlex.quote(a.out)
         print(f"Saved in {a.out}. Next: luthier predict {folder} INPUT, or luthier merge {folder} --out MODEL_DIR")
+
+
+@command(arg("vision", metavar="VISION", help="the model that looks: a zoo name, a local folder, a hub id, or timm:NAME"),
+         arg("language", metavar="LANGUAGE", help="the model that writes"),
+         arg("--with", dest="way", default="limber()", metavar="WAY", help="the bridge between them (default limber())"),
+         arg("--data", required=True, metavar="PAIRS", help="rows of an image or several, a prompt if any, and a response: "
+                                                            "JSONL, CSV, Parquet, or built-in: scenes:caption, scenes:vqa, nlvr"),
+         arg("--tune", dest="chain", default="full(at='connector')", metavar="CHAIN",
+             help="what trains (default \"full(at='connector')\"); \"lora(at='text.attn.q')\" trains that beside the connector"),
+         *TRAINED, *BUDGET, *TASK, IMPORT, JSON)
+def bridge(a):
+    """connect two frozen models, and train what lies between them on your pairs
+
+    luthier bridge dinov2-s smollm2-135m --with "limber()" --data pairs.jsonl --out captioner
+    luthier predict captioner image.png "how many red circles?"
+    """
+    _tune(a, f"{a.vision}+{a.language}:{a.way}", a.chain)
 
 
 @command(arg("folder", metavar="DIR", nargs="?", help="what `luthier tune` wrote; with --rack none"),
@@ -252,7 +276,7 @@ def predict(a):
         raise LuthierError("Say which tuned model: luthier predict DIR INPUT, or luthier predict --rack DIR INPUT.")
     else:
         task, tuned = reopen(a.folder)
-        given = [x for source in a.input for x in inputs(task, source)]
+        given = inputs(task, a.input)
         found = task.predict(tuned, given)
     _predictions(given, found, a.json)
     if errors:

@@ -103,6 +103,11 @@ class Host:
         for s in self.stacks.values():
             s.inserted = None
 
+    def touches(self, modules):
+        """Whether anything that acts is at one of these modules."""
+        places = [*self.patches.values(), *self.ports.values()]
+        return any(e.owner.active and (e.module in modules or e.site.module in modules) for p in places for e in p.entries)
+
     # -- the tokens of the running forward ------------------------------------------------------------------------
     def run(self, stack):
         s = self.stacks.get(stack.module) if stack is not None else None

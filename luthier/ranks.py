@@ -14,6 +14,7 @@ In one process nothing here does anything.
 """
 
 import contextlib
+import copy
 import os
 from collections import defaultdict
 from datetime import timedelta
@@ -182,8 +183,8 @@ def share(batch, counted):
     if n == 1:
         return batch, 1.0, 1.0
     rows = max(len(v) for v in batch.values() if torch.is_tensor(v))
-    mine = {k: v[r::n] if r < rows else v[:1] for k, v in batch.items() if torch.is_tensor(v)}
-    mine = {k: mine.get(k, v) for k, v in batch.items()}
+    mine = copy.copy(batch)                                 # which may be more than a dict
+    mine.update({k: v[r::n] if r < rows else v[:1] for k, v in batch.items() if torch.is_tensor(v)})
     if r >= rows:
         return mine, 0.0, 0.0
     return mine, counted(mine) / max(counted(batch), 1), len(range(r, rows, n)) / rows

@@ -9,6 +9,7 @@ last one is always good.
 """
 
 import contextlib
+import copy
 import errno
 import itertools
 import math
@@ -56,7 +57,8 @@ def train(tuned, task, *, epochs=None, steps=None, lr=1e-3, batch_size=32, seed=
     tuned.train()
     try:
         main = ranks.rank() == 0                           # of several processes, only one speaks and writes
-        with _bar(main and progress, total, first) as tell, _writer(main and log, out, first) as write, _patience() as asked:
+        with _bar(main and progress, total, first) as tell, _writer(main and log, out, first) as write, _patience() as asked, \
+                getattr(task, "seeing", contextlib.nullcontext)(tuned):
             run.loop(tell, write, asked)
     finally:
         tuned.eval()
@@ -157,7 +159,9 @@ class _Run:
             batches = self.task.batches("train", size, seed=seed, epoch=epoch, start=skip)
             for batch in itertools.islice(batches, self.total - self.k):
                 mine, *share = ranks.share(batch, getattr(self.task, "counted", _rows))
-                yield {key: v.to(self.accelerator.device) if torch.is_tensor(v) else v for key, v in mine.items()}, *share
+                mine = copy.copy(mine)                     # which may be more than a dict
+                mine.update({key: v.to(self.accelerator.device) for key, v in mine.items() if torch.is_tensor(v)})
+                yield mine, *share
             if self.k // self.per_epoch == epoch and self.k < self.total:
                 raise RuntimeError(f"{type(self.task).__name__} gave fewer than n_batches('train', {size}) in epoch {epoch}")
 

@@ -72,13 +72,39 @@ def _base(folder):
     return task, task.build(seed=recipe["extra"].get("seed", 0))
 
 
-def inputs(task, source):
-    """What a user gives to predict: a text, an image file, a folder of images, a file of rows (.txt: one a line), - for stdin."""
+def inputs(task, sources):
+    """What a user gives to predict: texts, image files, folders of images, files of rows (.txt: one a line), - for stdin. Where a
+    task takes images and a text, every text is asked of every image."""
+    if task.kind != "image-to-text":
+        return [x for source in sources for x in _inputs(task, source)]
+    from .tasks.read import SUFFIXES, suffix
+    from .tasks.source import IMAGES
+
+    shown, asked = [], []
+    for source in map(str, sources):
+        if Path(source).is_dir() or source.lower().endswith(IMAGES):
+            shown += _inputs(task, source)
+        elif suffix(source) in SUFFIXES and Path(source).is_file():
+            rows, base = _inputs(task, source), Path(source).parent
+            key = task.roles["image"]
+            for row in rows:                               # paths in a file are relative to it
+                paths = row.get(key)
+                row[key] = [str(base / p) for p in paths] if isinstance(paths, list) else str(base / str(paths))
+            shown += rows
+        else:
+            asked += _inputs(task, source)
+    if not shown:
+        raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the question: luthier predict DIR "
+                         "image.png \"how many?\"")
+    return [x if isinstance(x, dict) else {"image": x} | ({"prompt": q} if q else {}) for x in shown for q in asked or [""]]
+
+
+def _inputs(task, source):
     import sys
 
     from .tasks.source import IMAGES
 
-    image = task.kind.startswith("image")
+    image = task.kind == "image-classification" or task.kind == "image-to-text" and str(source).lower().endswith(IMAGES)
     if source == "-":
         return [line for line in sys.stdin.read().splitlines() if line.strip()]
     path = Path(source)
@@ -86,7 +112,7 @@ def inputs(task, source):
         folder, file = path.is_dir(), path.is_file()
     except OSError:                                        # a text too long to be a name
         folder = file = False
-    if image and folder:
+    if folder and task.kind.startswith("image"):
         found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES)
         if not found:
             raise DoesNotFit(f"The folder {path} holds no image ({' '.join(IMAGES)}).")

@@ -49,10 +49,11 @@ class Bridged(nn.Module):
         stacks = sites(vision).stacks
         self.fixed, self.wide = (stacks[-1].fixed, stacks[-1].dim) if stacks else (0, 0)
         self.side = side or _side(vision)
+        self.takes = frozenset(inspect.signature(language.forward).parameters)
         table = language.get_input_embeddings() if hasattr(language, "get_input_embeddings") else None
         if table is None or not hasattr(language, "generate") or language.get_output_embeddings() is None:
-            raise DoesNotFit(f"{type(language).__name__} writes no text: it has no word embeddings, or no head over words. Bridge "
-                             "to a decoder or encoder-decoder with its head, such as smollm2-135m.")
+            raise DoesNotFit(f"{type(language).__name__} writes no text: it has no word embeddings, or no head over words. "
+                             "Bridge to a decoder or encoder-decoder with its head, such as smollm2-135m.")
         try:
             with torch.no_grad():                           # one look says what there is to read
                 states = self.see(next(vision.parameters()).new_zeros(1, 3, self.side, self.side))[0, 0]
@@ -61,7 +62,6 @@ class Bridged(nn.Module):
                              "such as dinov2-s.") from error
         self.shape = tuple(states.shape)
         self.connector = self._fresh(seed)
-        self.takes = frozenset(inspect.signature(language.forward).parameters)
 
     def _fresh(self, seed):
         with torch.random.fork_rng(devices=[]):
@@ -89,20 +89,35 @@ class Bridged(nn.Module):
         """What starts untrained, and the chain that trains it where no other does."""
         return self.connector, 'full(at="connector")'
 
+    def still(self):
+        """Whether nothing tunes the eyes: what they see may then be computed once."""
+        from ..host import Host
+
+        host = Host.of(self)
+        return not any(p.requires_grad for p in self.vision.parameters()) and not (
+            host and host.touches(set(self.vision.modules())))
+
+    def train(self, mode=True):
+        """Training mode; eyes that nothing tunes drop nothing."""
+        super().train(mode)
+        if mode and self.still():
+            self.vision.eval()
+        return self
+
     # -- looking ----------------------------------------------------------------------------------------------------
     def see(self, pixel_values):
         """What the connector reads of images, (B, N, ...): may be computed once and given as image_states ever after."""
         x = pixel_values if pixel_values.dim() > 4 else pixel_values[:, None]
         states = self.way.states(self._look(x.flatten(0, 1).to(next(self.vision.parameters()).dtype)))
-        return states.unflatten(0, x.shape[:2])
+        return states.contiguous().unflatten(0, x.shape[:2])            # laid out as what was kept is: the same sums, to the bit
 
     def _look(self, x):
         from ..host import as_tokens
 
         if hasattr(self.vision, "config"):
-            size, more = getattr(self.vision.config, "image_size", None), {}
-            if size not in (None, x.shape[-1]) and "interpolate_pos_encoding" in inspect.signature(self.vision.forward).parameters:
-                more["interpolate_pos_encoding"] = True
+            size, takes = getattr(self.vision.config, "image_size", None), inspect.signature(self.vision.forward).parameters
+            resized = size not in (None, x.shape[-1]) and "interpolate_pos_encoding" in takes
+            more = dict(interpolate_pos_encoding=True) if resized else {}
             out = self.vision(x, output_hidden_states=self.way.layers, return_dict=True, **more)
         else:
             out = getattr(self.vision, "forward_features", self.vision)(x)
@@ -116,7 +131,8 @@ class Bridged(nn.Module):
         """Embeddings of images and text, (B, N T + L, D), and their mask."""
         B, N = image_states.shape[:2]
         like = next(self.connector.parameters())
-        front = self.way.prompt(self.connector, image_states.flatten(0, 1).to(like.dtype)).unflatten(0, (B, N))  # (B, N, T, D)
+        states = image_states.flatten(0, 1).to(like.dtype)
+        front = self.way.prompt(self.connector, states).unflatten(0, (B, N))                                 # (B, N, T, D)
         text = self.language.get_input_embeddings()(input_ids)
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         shown = there.new_ones(B, N) if image_mask is None else image_mask.to(there)

@@ -5,7 +5,7 @@ from ..errors import DoesNotFit
 from ..method import parse
 from ..train import train
 
-HEAD, WHOLE = "probe()", "full()"                # the two baselines: the head alone, and everything
+WHOLE = "full()"                                 # the baseline in which everything trains
 BATCHES = 8                                      # of training data that methods which observe get to see
 
 
@@ -24,28 +24,27 @@ class Calibration:
 
 
 def dress(model, chain):
-    """The chain, and the probe behind it where the task gave the model a new head that no method of the chain touches."""
-    chain = parse(chain)
-    head = _new_head(model)
-    touched = head is None or any(s.module is head for step in plan(model, chain).steps for s in step.sites)
-    return chain if touched else chain >> parse(HEAD)
+    """The chain, and behind it what trains the part that starts untrained (a task's new head, a bridge's connector) where no
+    method of the chain touches that."""
+    chain, (fresh, rest) = parse(chain), _fresh(model)
+    touched = not fresh or any(s.module in fresh for step in plan(model, chain).steps for s in step.sites)
+    return chain if touched else chain >> parse(rest)
 
 
-def _new_head(model):
-    """The head that the task made (luthier.tasks.Headed), if it made one."""
-    from ..tasks import Headed
-
-    return model.head if isinstance(model, Headed) else None
+def _fresh(model):
+    """The modules of a model that start untrained, and the chain that trains them."""
+    part, chain = getattr(model, "fresh", None) or (None, "")
+    return set(part.modules()) if part is not None else set(), chain
 
 
 def ready(task, chain, seed=0, batch_size=32, model=None):
     """A fresh model with the chain (and a head that trains) attached."""
     model = task.build(seed=seed) if model is None else model
     tuned = attach(model, dress(model, chain), Calibration(task, batch_size, seed), seed=seed, loss=task.loss)
-    head = _new_head(model)
-    if head is not None and not any(p.requires_grad for e in _entries(tuned, head) for p in e.state.parameters()):
-        raise DoesNotFit(f"In {parse(chain)!r} nothing trains the new head, though a method changes it. Leave the head out with "
-                         "at=\"... -head\", or end the chain with >> probe().")
+    fresh, rest = _fresh(model)
+    if fresh and not any(p.requires_grad for m in fresh for e in _entries(tuned, m) for p in e.state.parameters()):
+        raise DoesNotFit(f"In {parse(chain)!r} nothing trains the part of {type(model).__name__} that starts untrained, though a "
+                         f"method changes it. Leave that out, as with at=\"... -head\", or end the chain with >> {rest}.")
     return tuned
 
 

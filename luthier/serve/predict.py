@@ -25,7 +25,7 @@ def predict(folder, sources, adapter=None, memory="2GB"):
     task = tasks.restore(first["task"])
     rack = Rack(task.build(seed=first.get("seed", 0)), memory)
     refused = rack.load_all(folder)
-    given = [x for source in sources for x in inputs(task, source)]
+    given = inputs(task, sources)
     names = [(x.get("adapter", adapter) if isinstance(x, dict) else adapter) for x in given]
     for i, name in enumerate(names):
         if name is None:

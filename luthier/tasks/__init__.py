@@ -13,12 +13,14 @@ from .base import Task
 from .classify import Regression, TextClassification, TokenClassification
 from .headed import Headed
 from .image import ImageClassification
+from .imagetext import ImageToText
 from .lm import CausalLM, Instruction
 from .source import find, known
 
 __all__ = ["KINDS", "Headed", "Task", "known", "open", "restore"]
 
-KINDS = {c.kind: c for c in (TextClassification, TokenClassification, ImageClassification, CausalLM, Instruction, Regression)}
+KINDS = {c.kind: c for c in (TextClassification, TokenClassification, ImageClassification, CausalLM, Instruction, Regression,
+                             ImageToText)}
 
 
 def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric=None, tokenizer=None, **options):
@@ -27,8 +29,9 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
 
     model    what it is for: a zoo name, folder, hub id, timm:NAME, or a module (then give `tokenizer` for text)
     task     its kind, when the guess is wrong: text-classification, token-classification, image-classification, causal-lm,
-             instruction, regression
-    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response; "a + b" joins columns
+             instruction, regression, image-to-text
+    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response, task; "a + b" joins
+             columns
     limit    at most this many rows (blocks for causal-lm) a split, or {split: number}; drawn with `seed`, classes in proportion
     seed     of every split and sample that the data does not fix itself
     options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py)

@@ -59,6 +59,11 @@ class Headed(nn.Module):
     def config(self):
         return self.backbone.config
 
+    @property
+    def fresh(self):
+        """What starts untrained, and the chain that trains it where no other does."""
+        return self.head, "probe()"
+
     def features(self, pixel_values=None, **inputs):
         if pixel_values is not None:
             pixel_values = pixel_values.to(next(self.backbone.parameters()).dtype)

@@ -13,13 +13,18 @@ from .classify import Labelled
 
 BUDGET = 2 << 30               # bytes of decoded images that are kept; beyond it they are decoded again each time
 UNREADABLE = 0.01              # share of images that may be broken before the data is refused
+HUGE = 20_000_000              # pixels; Pillow itself refuses nine times as many
+TREATED = dict.fromkeys(("1", "L", "LA", "I", "F"), "grey: made RGB") | {"CMYK": "CMYK: made RGB"} | dict.fromkeys(
+    ("RGBA", "PA"), "transparent: what lies below shows")
 
 
-def decode(item, side, base="."):
-    """A path, encoded bytes, PIL image or array -> uint8 (3, h, w), at most `side` a side."""
+def decode(item, side, base=".", told=None):
+    """A path, encoded bytes, PIL image or array -> uint8 (3, h, w), at most `side` a side; told: a Counter of what was done to
+    images that are not plain."""
     from PIL import Image, ImageOps
+    box, item = None, item() if callable(item) else item             # what is drawn when it is looked at
     if isinstance(item, dict):                       # how hub data sets store an image
-        item = item.get("bytes") or item.get("path")
+        box, item = item.get("box"), item.get("bytes") or item.get("path")
     if isinstance(item, np.ndarray) or torch.is_tensor(item):
         array = np.asarray(item)
         if array.dtype != np.uint8:
@@ -31,15 +36,26 @@ def decode(item, side, base="."):
             array = array.transpose(1, 2, 0)
         item = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
     elif isinstance(item, (bytes, bytearray)):
-        item = ImageOps.exif_transpose(Image.open(io.BytesIO(item)))
+        item = Image.open(io.BytesIO(item))
     elif isinstance(item, (str, Path)):
-        item = ImageOps.exif_transpose(Image.open(Path(base) / item))
+        item = Image.open(Path(base) / item)
+    frames, item = getattr(item, "n_frames", 1), ImageOps.exif_transpose(item)
     if item.mode.startswith("I;16"):
         item = Image.fromarray((np.asarray(item) >> 8).astype(np.uint8))
+    if told is not None:
+        odd = {TREATED.get(item.mode): item.mode in TREATED and not _opaque(item),
+               "huge: made smaller": item.width * item.height > HUGE,
+               "animated: the first frame is used": frames > 1}
+        told.update(what for what, true in odd.items() if true)
     item = item.convert("RGB")
+    item = item if box is None else item.crop(box)
     if item.width > side or item.height > side:
         item = item.resize((min(side, item.width), min(side, item.height)), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(item)).permute(2, 0, 1).contiguous()
+
+
+def _opaque(image):
+    return image.mode in ("RGBA", "PA") and image.getchannel("A").getextrema()[0] == 255
 
 
 class Images:

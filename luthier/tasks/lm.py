@@ -33,11 +33,12 @@ class Language(Text):
 
     def nll(self, model, batch):
         """(sum of -log p, number) over labelled tokens: the logits at t predict the label at t + 1."""
-        labels = batch["labels"][:, 1:]
-        logits = self.logits(model, batch)
-        there = (labels != IGNORE).to(logits.device)
-        chosen = logits[:, :-1][there].float()       # only these rows meet the softmax
-        return F.cross_entropy(chosen, labels.to(logits.device)[there], reduction="sum"), int(there.sum())
+        return self.chosen(self.logits(model, batch)[:, :-1], batch["labels"][:, 1:])
+
+    def chosen(self, logits, labels):
+        labels = labels.to(logits.device)
+        there = labels != IGNORE                     # only these rows meet the softmax
+        return F.cross_entropy(logits[there].float(), labels[there], reduction="sum"), int(there.sum())
 
     def logits(self, model, batch):
         out = model(**{k: v.to(next(model.parameters()).device) for k, v in batch.items() if k != "labels"})
@@ -51,14 +52,18 @@ class Language(Text):
         return int((batch["labels"][:, 1:] != IGNORE).sum())
 
     def score(self, model, examples, batch_size):
-        total = count = 0
-        for nll, n in self.losses(model, examples, batch_size):
-            total, count = total + nll, count + n
+        total, count = self.summed(model, examples, batch_size)
         return {"perplexity": metrics.perplexity(total, count), "loss": total / count, "n": len(examples), "tokens": count}
 
-    def losses(self, model, examples, batch_size):
-        index = sorted(range(len(examples)), key=lambda i: self.length(examples[i]))
+    def summed(self, model, examples, batch_size):
+        return map(sum, zip(*self.losses(model, examples, batch_size), strict=True))
 
+    def plan(self, examples, batch_size):
+        """Batches of indices of like length."""
+        index = sorted(range(len(examples)), key=lambda i: self.length(examples[i]))
+        return [index[i:i + batch_size] for i in range(0, len(index), batch_size)]
+
+    def losses(self, model, examples, batch_size):
         def run(part):
             nll, n = self.nll(model, self.collate([examples[k] for k in part]))
             return nll.item(), n
@@ -67,7 +72,7 @@ class Language(Text):
         model.eval()
         try:
             with torch.no_grad():
-                yield from ranks.spread([index[i:i + batch_size] for i in range(0, len(index), batch_size)], run)
+                yield from ranks.spread(self.plan(examples, batch_size), run)
         finally:
             model.train(was)
 

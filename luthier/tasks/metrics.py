@@ -1,6 +1,9 @@
 """Figures of merit, on tensors of predictions and truths. Each returns a float."""
 
 import math
+import re
+
+from ..errors import BadData
 
 
 def accuracy(predicted, truth):
@@ -45,3 +48,46 @@ def mae(predicted, truth):
 
 def perplexity(nll, tokens):
     return math.exp(min(nll / tokens, 700.0))        # exp overflows a float beyond 709
+
+
+# -- of generated texts: what was said, and for each the answers that are right
+
+
+def exact(said, answers):
+    """The share of texts that equal an answer, but for case, spaces at the ends and a full stop."""
+    def bare(text):
+        return text.strip().rstrip(".").strip().lower()
+    return sum(bare(s) in map(bare, right) for s, right in zip(said, answers, strict=True)) / len(said)
+
+
+def bleu(said, answers):
+    """Corpus BLEU by sacrebleu, as a share."""
+    most = max(map(len, answers))
+    references = [[right[min(k, len(right) - 1)] for right in answers] for k in range(most)]
+    return sacrebleu().corpus_bleu(said, references).score / 100
+
+
+def sacrebleu():
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise BadData("Scoring texts by BLEU needs the package sacrebleu. pip install sacrebleu, or choose another "
+                      "metric.") from error
+    return sacrebleu
+
+
+def acc_iou(said, answers, least=0.5):
+    """The share of boxes x0 y0 x1 y1, the first four numbers of a text, that overlap a true one by IoU >= least."""
+    def box(text):
+        found = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", text)[:4]]
+        return found if len(found) == 4 else None
+    return sum(any(iou(box(s), box(r)) >= least for r in right) for s, right in zip(said, answers, strict=True)) / len(said)
+
+
+def iou(a, b):
+    """Intersection over union of two boxes; 0 where there is none."""
+    if a is None or b is None:
+        return 0.0
+    both = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    whole = sum(max(0.0, x1 - x0) * max(0.0, y1 - y0) for x0, y0, x1, y1 in (a, b)) - both
+    return both / whole if whole > 0 else 0.0

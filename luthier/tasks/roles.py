@@ -9,6 +9,7 @@ from ..errors import BadData, nearest
 
 KINDS = {            # task kind -> (roles it needs, roles it may have)
     "image-classification": (("image", "label"), ()),
+    "image-to-text": (("image", "response"), ("prompt", "task")),
     "token-classification": (("tokens", "tags"), ()),
     "text-classification": (("text", "label"), ("text_pair",)),
     "regression": (("text", "target"), ("text_pair",)),
@@ -16,7 +17,8 @@ KINDS = {            # task kind -> (roles it needs, roles it may have)
     "causal-lm": (("text",), ()),
 }
 NAMES = {            # role -> column names that mean it, likeliest first
-    "image": "image img image_path file_name filename file path",
+    "image": "image images img image_path image_paths frames file_name filename file path",
+    "task": "task kind",
     "tokens": "tokens words",
     "tags": "tags ner_tags pos_tags upos labels label",
     "label": "label labels class category intent sentiment topic label_text coarse_label gold y target",
@@ -26,12 +28,13 @@ NAMES = {            # role -> column names that mean it, likeliest first
             "question title description",
     "text_pair": "text_pair sentence2 hypothesis question2 text2 text_b passage",
     "prompt": "prompt instruction question problem input source src dialogue document article mr java",
-    "response": "response output answer completion solution canonical_solution target tgt summary highlights ref note "
-                "section_text cs",
+    "response": "response output answer answers caption captions completion solution canonical_solution target tgt summary "
+                "highlights ref note section_text cs",
 }
 NAMES = {role: words.split() for role, words in NAMES.items()}
 _ID = re.compile(r"(^|_)(id|idx|index)$", re.I)       # numbers a row, says nothing of it
 PLAIN = ("response", "output", "completion", "summary")
+SAID = ("response", "output", "completion", "answer", "answers", "caption", "captions")        # of an image
 
 
 def numbers(values):
@@ -56,7 +59,9 @@ def is_list(values):
 
 
 def is_image(values):
-    return all(isinstance(v, (bytes, dict)) or hasattr(v, "shape") or hasattr(v, "convert") for v in values) or (
+    values = [x for v in values for x in (v if isinstance(v, list | tuple) else [v])
+              if not (x is None or isinstance(x, str) and not x.strip())]        # a row may lack its image
+    return bool(values) and all(isinstance(v, (bytes, dict)) or hasattr(v, "shape") or hasattr(v, "convert") for v in values) or (
         is_text(values) and all(str(v).lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
                                 for v in values))
 
@@ -113,7 +118,7 @@ def parts(name):
 def _candidates(given):
     """(kind, whether its label or target must be known by name), in the order in which they are tried; roles that were given
     leave only the kinds that use them."""
-    order = (("token-classification", False), ("image-classification", False), ("instruction", False),
+    order = (("token-classification", False), ("image-to-text", True), ("image-classification", False), ("instruction", False),
              ("text-classification", True), ("regression", True), ("text-classification", False), ("regression", False),
              ("causal-lm", False))
     return [k for k in order if set(given) <= set(sum(KINDS[k[0]], ()))] or order
@@ -126,7 +131,7 @@ def _fill(kind, columns, given, forced, by_name):
     for role in sorted(need + may, key=lambda r: r in ("text", "text_pair")):        # the pickiest roles choose first
         free = [c for c in columns if c not in {p for n in roles.values() for p in parts(n)}]
         if role not in roles:
-            name = _pick(role, {c: columns[c] for c in free}, forced, by_name)
+            name = _pick(role, {c: columns[c] for c in free}, forced, by_name, kind == "image-to-text")
             if name is None and role in need:
                 return role
             if name is not None:
@@ -136,17 +141,20 @@ def _fill(kind, columns, given, forced, by_name):
     return {r: roles[r] for r in need + may if r in roles}
 
 
-def _pick(role, columns, forced, by_name):
+def _pick(role, columns, forced, by_name, said=False):
     """The column that plays a role: by its name, or else by its content where that can tell."""
     fits = {
         "image": is_image, "tokens": is_list, "tags": is_list,
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
-        "text": is_text, "text_pair": is_text, "prompt": is_text, "response": is_text,
+        "text": is_text, "text_pair": is_text, "prompt": is_text, "task": is_class,
+        "response": (lambda v: True) if said else is_text,
     }[role]
     low = {c.lower().replace("-", "_").replace(" ", "_"): c for c in columns if isinstance(c, str)}
     named = [low[n] for n in NAMES[role] if n in low and fits(columns[low[n]])]
-    if role == "response" and not forced:            # a closed set of answers is a label, unless the name is plain
+    if role == "response" and said:
+        named = [c for c in named if forced or c.lower() in SAID]
+    elif role == "response" and not forced:          # a closed set of answers is a label, unless the name is plain
         named = [c for c in named if c.lower() in PLAIN or not is_class(columns[c])]
     if named:
         return named[0]

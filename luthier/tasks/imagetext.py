@@ -1,0 +1,360 @@
+"""Images and a text in, a text out: captions, questions, true or false of several pictures, places, clips. A row has an image or
+a list of them, a prompt if anything is asked, the response, and, where a file holds several tasks, which one it is.
+
+What is done to a row that is not plain: grey, CMYK and transparent images become RGB, of an animated one the first frame is
+used, huge ones are made smaller, a number as a response is written out, a prompt that is too long loses its beginning and a
+response its end; each is counted in the notes. A row whose image is missing or broken or whose response is empty is left out and
+counted, and the data is refused when that is more than one row in a hundred."""
+
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .. import zoo
+from ..attach import Tuned, base_of
+from ..errors import BadData, DoesNotFit, nearest
+from . import metrics
+from .base import to_device
+from .classify import IGNORE
+from .image import BUDGET, UNREADABLE, ImageClassification, decode, resize
+from .lm import Language
+from .read import Table
+from .split import order
+
+SCORES = {"accuracy": metrics.exact, "bleu": metrics.bleu, "acc_iou": metrics.acc_iou}
+ROW_KINDS = {"caption": "bleu", "vqa": "accuracy", "nlvr": "accuracy", "ground": "acc_iou", "clip": "accuracy"}
+KEPT = 2 << 30                 # bytes of what frozen eyes saw
+
+
+class Rows(dict):
+    """A batch whose rows are of one kind."""
+    kind = None
+
+
+class Album:
+    """Images, each once: decoded at the first look, kept while the budget lasts."""
+
+    def __init__(self, side):
+        self.side, self.items, self.number, self.kept, self.bytes = side, [], {}, {}, 0
+
+    def add(self, item, base="."):
+        key = (str(base), item) if isinstance(item, str | bytes) else id(item)
+        if key not in self.number:
+            self.number[key] = len(self.items)
+            self.items.append((item, base))
+        return self.number[key]
+
+    def look(self, k, told=None):
+        image = self.kept.get(k)
+        if image is None:
+            image = decode(self.items[k][0], self.side, self.items[k][1], told)
+            if self.bytes + image.numel() <= BUDGET:
+                self.kept[k], self.bytes = image, self.bytes + image.numel()
+        return image
+
+
+class ImageToText(Language):
+    kind = "image-to-text"
+    reads = ("image-text",)
+    metrics = (*SCORES, "average")
+    higher = True
+    longest = 128
+
+    def __init__(self, model=None, *, metric=None, **more):
+        super().__init__(model, metric=metric, **more)
+        self.asked, self.kinds, self.longest_answer, self.eyes, self.memory, self.albums = metric, (), 64, None, (None, {}), {}
+
+    side, base, fitting_size = ImageClassification.side, ImageClassification.base, ImageClassification.fitting_size
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+    def strata(self, table):
+        return self.column(table, "task") if "task" in self.roles else [0] * len(table)
+
+    def check(self, table):
+        for i, kind in enumerate(self.column(table, "task") if "task" in self.roles else ()):
+            if kind not in ROW_KINDS:
+                raise BadData(f"{table.where(i)}: there is no task {kind!r}. {nearest(kind, ROW_KINDS)} The column "
+                              f"{self.roles['task']!r} may hold {', '.join(ROW_KINDS)}.")
+
+    def learn(self, data):
+        train = self.tables["train"]
+        if "task" in self.roles:
+            here = set(self.column(train, "task"))
+            self.kinds = tuple(k for k in ROW_KINDS if k in here)
+        if self.asked is None:
+            self.metric = "average" if len(self.kinds) > 1 else ROW_KINDS[self.kinds[0]] if self.kinds else \
+                "accuracy" if "prompt" in self.roles else "bleu"
+        if "bleu" in {self.metric, *(ROW_KINDS[k] for k in self.kinds if self.metric == "average")}:
+            metrics.sacrebleu()                      # asked for before anything is trained
+        if self.origin:
+            self.options["image_size"] = self.options.get("image_size") or self.fitting_size()
+            texts = [a for several in self.answers(train) for a in several[:1]]
+            coded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            self.longest_answer = min(self.max_length, 1 + max(map(len, coded), default=63))
+
+    def limit(self, name, most, seed):
+        super().limit(name, most, seed)
+        self.tables[name] = self.readable(self.tables[name])
+
+    def answers(self, table):
+        """The responses of every row: one, or several that are equally right; none where one is empty or no text."""
+        def text(v):
+            return str(v).strip() if isinstance(v, str | int | float) and not isinstance(v, bool) and v == v else ""
+        rows = [v if isinstance(v, list | tuple) else [v] for v in self.column(table, "response")]
+        return [texts if all(texts := [text(v) for v in row]) else [] for row in rows]
+
+    def shown(self, table, album):
+        """The places in the album of the images of every row."""
+        def real(x):
+            return x is not None and not (isinstance(x, str) and not x.strip())
+        rows, base = self.column(table, "image"), self.base(table)
+        return [[album.add(x, base) for x in (v if isinstance(v, list | tuple) else [v]) if real(x)] for v in rows]
+
+    def readable(self, table):
+        """The table without rows that cannot be used; refused when they are more than UNREADABLE of it."""
+        bad, told, album = {}, Counter(), self.album
+        for i, (shown, answers) in enumerate(zip(self.shown(table, album), self.answers(table), strict=True)):
+            if not shown or not answers:
+                bad[i] = f"the response (column {self.roles['response']!r}) is empty or no text" if shown else \
+                    f"no image is named (column {self.roles['image']!r})"
+                continue
+            try:
+                for k in shown:
+                    album.look(k, told)
+            except Exception as error:               # Pillow raises whatever its decoders do
+                bad[i] = f"the image cannot be read ({str(error)[:160] or type(error).__name__})"
+        self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
+        if len(bad) > UNREADABLE * len(table):
+            i, why = next(iter(bad.items()))
+            raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
+                          f"{UNREADABLE:.0%} may be so. Mend or remove them.")
+        if bad:
+            i, why = next(iter(bad.items()))
+            self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: {why}")
+            table = table.take([i for i in range(len(table)) if i not in bad])
+        return table
+
+    @property
+    def album(self):
+        return self.albums.setdefault(self.side, Album(self.side))
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+    @property
+    def apart(self):
+        """Whether an encoder reads the prompt and a decoder writes the response."""
+        return bool(self.origin.parts) and self.origin.parts[-1].kind == "text-pair"
+
+    def ask(self, prompt):
+        """Ids of what stands before the answer."""
+        if self.apart:
+            return self.tokenizer(prompt)["input_ids"] or [self.pad_id()]
+        start = next(i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id()) if i is not None)
+        return [start] + (self.ids(prompt.rstrip() + "\n") if prompt.strip() else [])
+
+    def encode(self, table, album=None):
+        end, n, cut, rows = [i for i in [self.tokenizer.eos_token_id] if i is not None], self.max_length, 0, []
+        album, nothing = album or self.album, [None] * len(table)
+        prompts, kinds = (self.column(table, r) if r in self.roles else nothing for r in ("prompt", "task"))
+        answers = self.answers(table) if self.roles["response"] in table.columns else [[""]] * len(table)
+        for shown, prompt, kind, right in zip(self.shown(table, album), prompts, kinds, answers, strict=True):
+            ask, answer = self.ask("" if prompt is None else str(prompt)), self.ids(right[0]) + end
+            cut += len(ask) + len(answer) > n
+            answer = answer[:max(n // 2, n - len(ask))]
+            rows.append(dict(ask=ask[-(n - len(answer)):], answer=answer, answers=right, kind=kind, pictures=(album, shown)))
+        if cut:
+            self.notes.append(f"{table.source}: {cut:,} of {len(rows):,} rows are longer than max_length={n} and were cut")
+        return rows
+
+    def length(self, example):
+        return len(example["ask"]) + len(example["answer"])
+
+    # -- batches: where rows are of several kinds, each is of one --------------------------------------------------------
+    def _of_kinds(self, examples):
+        kinds = [e["kind"] for e in examples]
+        return [[i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
+
+    def batches(self, split, size, seed=0, epoch=0, shuffle=None, start=0):
+        examples, shuffle, plan = self.examples(split), split == "train" if shuffle is None else shuffle, []
+        for mine in self._of_kinds(examples):
+            cut = order(len(mine), size, seed, epoch, shuffle, lambda i, mine=mine: self.length(examples[mine[i]]))
+            plan += [[mine[i] for i in part] for part in cut]
+        if shuffle and len(self.kinds) > 1:
+            g = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+            plan = [plan[i] for i in torch.randperm(len(plan), generator=g)]
+        for part in plan[start:]:
+            yield self.collate([examples[i] for i in part])
+
+    def n_batches(self, split, size):
+        return sum(-(-len(mine) // size) for mine in self._of_kinds(self.examples(split)))
+
+    def plan(self, examples, batch_size):
+        found = []
+        for mine in self._of_kinds(examples):
+            mine = sorted(mine, key=lambda i: self.length(examples[i]))
+            found += [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+        return found
+
+    def collate(self, examples, asking=False):
+        """Rows padded on the right, a decoder's with the answer behind the prompt; for generation (asking) the prompts alone, a
+        decoder's padded on the left."""
+        rows = [e["ask"] if asking or self.apart else e["ask"] + e["answer"] for e in examples]
+        batch = Rows(input_ids=_padded(rows, self.pad_id(), left := asking and not self.apart),
+                     attention_mask=_padded([[1] * len(r) for r in rows], 0, left), **self.images(examples))
+        batch.kind = examples[0]["kind"]
+        if not asking:
+            batch["labels"] = _padded([e["answer"] if self.apart else [IGNORE] * len(e["ask"]) + e["answer"] for e in examples],
+                                      IGNORE)
+        return batch
+
+    def images(self, examples):
+        """pixel_values (B, 3, S, S) or (B, N, 3, S, S) with image_mask; or what frozen eyes saw of them, image_states."""
+        rows = [[(album, k) for k in shown] for album, shown in (e["pictures"] for e in examples)]
+        most, more = max(map(len, rows)), {}
+        if any(len(row) < most for row in rows):
+            more["image_mask"] = torch.tensor([[1] * len(row) + [0] * (most - len(row)) for row in rows])
+        keys = [row[min(n, len(row) - 1)] for row in rows for n in range(most)]
+        if self.eyes is not None:
+            return dict(image_states=self.seen(keys).unflatten(0, (len(rows), most))) | more
+        x = self.pixels(keys)
+        return dict(pixel_values=x if most == 1 else x.unflatten(0, (len(rows), most))) | more
+
+    def pixels(self, keys):
+        x = torch.cat([resize(album.look(k)[None], self.side) for album, k in keys])
+        mean, std = (torch.tensor(self.origin.image.get(k, (0.5,) * 3)).view(1, 3, 1, 1) * 255 for k in ("mean", "std"))
+        return (x - mean) / std
+
+    # -- what frozen eyes see is computed once an image -------------------------------------------------------------------
+    @contextmanager
+    def seeing(self, model):
+        """Within, batches are for `model`: where nothing tunes its eyes, they hold what these see in place of pixels."""
+        from ..save import fingerprint
+
+        base, before = base_of(model), self.eyes
+        self.eyes = base if hasattr(base, "still") and base.still() else None
+        if self.eyes is not None:
+            which = fingerprint(base.vision), repr(base.way), self.side, str(next(base.parameters()).device)
+            self.memory = self.memory if self.memory[0] == which else (which, {})
+        try:
+            yield self
+        finally:
+            self.eyes = before
+
+    def seen(self, keys):
+        memory, like = self.memory[1], next(self.eyes.parameters())
+        new, fresh = [key for key in dict.fromkeys(keys) if key not in memory], {}
+        if new:
+            with torch.no_grad():
+                states = self.eyes.see(self.pixels(new).to(like.device))[:, 0]
+            fresh = dict(zip(new, states, strict=True))
+            if states[0].nbytes * (len(memory) + len(new)) <= KEPT:
+                memory.update(fresh)
+        return torch.stack([memory[key] if key in memory else fresh[key] for key in keys])
+
+    # -- the model ------------------------------------------------------------------------------------------------------
+    def build(self, seed=0, dtype=None):
+        """The model; what a bridge starts untrained depends on `seed`."""
+        if self.model is None:
+            raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"dinov2-s+smollm2-135m\".")
+        model = zoo.load(self.model, dtype)
+        words, rows = len(self.tokenizer), model.language.get_input_embeddings().num_embeddings
+        if words > rows:
+            raise DoesNotFit(f"The tokenizer of {self.origin.ref} has {words:,} words, its model {rows:,} embeddings: they do "
+                             "not belong together. Put the model's own tokenizer beside it.")
+        return model.draw(seed)
+
+    def nll(self, model, batch):
+        if not self.apart:
+            return super().nll(model, batch)
+        return self.chosen(self.logits(model, batch), batch["labels"])
+
+    def logits(self, model, batch):
+        self.tell(model, batch)
+        given = {k: v for k, v in batch.items() if k != "labels" or self.apart}
+        return model(**to_device(given, model))["logits"]
+
+    def tell(self, model, batch):
+        """Methods that make their state from a context learn which kind of task a batch is."""
+        if isinstance(model, Tuned):
+            model.context = dict(model.context, task=getattr(batch, "kind", None))
+
+    # -- answers --------------------------------------------------------------------------------------------------------
+    def said(self, model, examples, batch_size):
+        """What the model answers to each, greedily."""
+        found, was = [None] * len(examples), model.training
+        model.eval()
+        try:
+            for part in self.plan(examples, batch_size):
+                batch = self.collate([examples[i] for i in part], asking=True)
+                if hasattr(model, "serve_rows"):     # a rack: each row has its own adapter
+                    model.serve_rows(part)
+                self.tell(model, batch)
+                with torch.no_grad():
+                    out = model.generate(**to_device(batch, model), do_sample=False, max_new_tokens=self.longest_answer,
+                                         pad_token_id=self.pad_id(), eos_token_id=self.tokenizer.eos_token_id)
+                for i, ids in zip(part, out if self.apart else out[:, batch["input_ids"].shape[1]:], strict=True):
+                    found[i] = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        finally:
+            model.train(was)
+        return found
+
+    def evaluate(self, model, split="test", batch_size=32):
+        with self.seeing(model):
+            return super().evaluate(model, split, batch_size)
+
+    def score(self, model, examples, batch_size):
+        """The metric; of several kinds of rows each kind's own, and their average."""
+        total, count = self.summed(model, examples, batch_size)
+        said, scores = self.said(model, examples, batch_size), {}
+
+        def of(rows, metric):
+            return SCORES[metric]([said[i] for i in rows], [examples[i]["answers"] for i in rows])
+
+        if self.metric == "average" or len(self.kinds) > 1:
+            kinds = {examples[mine[0]]["kind"]: mine for mine in self._of_kinds(examples)}
+            each = {k or "accuracy": of(mine, ROW_KINDS.get(k, "accuracy")) for k, mine in kinds.items()}
+            scores = {"average": sum(each.values()) / len(each)} | each
+        if self.metric not in scores:
+            scores[self.metric] = of(range(len(examples)), self.metric)
+        return scores | {"loss": total / count, "n": len(examples)}
+
+    def predict(self, model, inputs, batch_size=8):
+        """[{"text": answer}] of images, (image, prompt) pairs, or dicts with the roles or columns as keys; a list is one row's
+        images."""
+        table, album = self.rows(inputs), Album(self.side)
+        for i, shown in enumerate(self.shown(table, album)):
+            try:
+                if not shown:
+                    raise ValueError("no image is named")
+                for k in shown:
+                    album.look(k)
+            except Exception as error:
+                raise BadData(f"Input {i} ({str(self.column(table, 'image')[i])[:80]}) is not an image that can be read: "
+                              f"{str(error)[:160]} Give a path to a PNG or JPEG, its bytes, or an array (H, W, 3).") from error
+        return [{"text": text} for text in self.said(model, self.encode(table, album), batch_size)]
+
+    def rows(self, inputs):
+        one = isinstance(inputs, str | Path | bytes | dict | tuple) or hasattr(inputs, "convert") or hasattr(inputs, "shape")
+        inputs, columns = [inputs] if one else list(inputs), {c: [] for c in self.roles.values()}
+        columns.pop(self.roles["response"], None)
+        if not inputs:
+            raise BadData("There is no input to predict. Give at least one image.")
+        for x in inputs:
+            row = dict(zip(("image", "prompt"), x, strict=False)) if isinstance(x, tuple) else x
+            row = row if isinstance(row, dict) and "bytes" not in row else {"image": x}
+            for role, column in self.roles.items():
+                if column in columns:
+                    columns[column].append(row.get(column, row.get(role)))
+        return Table(columns, "input", None, "number")
+
+    def facts(self):
+        return {"image_size": self.side, "kinds": list(self.kinds)}
+
+    def state(self):
+        return {"kinds": list(self.kinds), "longest_answer": self.longest_answer}
+
+
+def _padded(rows, fill, left=False):
+    width = max(map(len, rows))
+    return torch.tensor([[fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r)) for r in rows])
