@@ -19,13 +19,11 @@ def bridge(vision, language, with_="limber()", *, seed=0, dtype=None):
     from .. import zoo
     from . import parse
 
-    looks, writes = zoo.about(vision), zoo.about(language)
-    if looks.kind not in ("vision", "vision-language", "other"):
-        raise DoesNotFit(f"{looks.ref} is a model of kind {looks.kind}: it sees no images. Bridge from a vision model such as "
-                         "dinov2-s, and to a language model such as smollm2-135m.")
+    way = parse(with_)
+    origin = zoo.paired(zoo.about(vision), zoo.about(language), way)
     eyes, mouth = (m if isinstance(m, nn.Module) else zoo.load(m, dtype) for m in (vision, language))
-    model = Bridged(_eyes(eyes), mouth, parse(with_), (looks.image.get("sizes") or [None])[0], seed)
-    model.luthier_origin = zoo.paired(looks, writes, model.way)
+    model = Bridged(_eyes(eyes), mouth, way, (origin.image.get("sizes") or [None])[0], seed)
+    model.luthier_origin = origin
     return model.eval()
 
 

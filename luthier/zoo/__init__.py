@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .._compat import torchvision
-from ..errors import BadState, LuthierError, UnknownName, named, nearest
+from ..errors import BadState, DoesNotFit, LuthierError, UnknownName, named, nearest
 from . import cache
 from .table import HALF, IMAGENET, TABLE
 
@@ -159,6 +159,11 @@ def _pair(ref):
 
 def paired(vision, language, way):
     """The Origin of two bridged models."""
+    for part, kinds, cannot in ((vision, ("vision", "vision-language", "other"), "sees no images"),
+                                (language, ("text-decoder", "text-pair", "other"), "writes no text")):
+        if part.kind not in kinds:
+            raise DoesNotFit(f"{part.ref} is a model of kind {part.kind}: it {cannot}. Bridge from a vision model like dinov2-s "
+                             "to a language model like smollm2-135m.")
     licence = " + ".join(dict.fromkeys((vision.licence, language.licence)))
     return Origin(f"{vision.ref}+{language.ref}:{way!r}", "image-text", licence, language.folder, vision.image,
                   longest=language.longest, parts=(vision, language))
