@@ -199,3 +199,44 @@ def test_ways_are_found_and_checked():
 def test_what_does_not_fit_is_refused(eyes, words, why):
     with pytest.raises(DoesNotFit, match=why):
         bridge(tiny.build(eyes), tiny.build(words))
+
+
+# -- VLAP --------------------------------------------------------------------------------------------------------------
+
+
+def test_sinkhorn_is_balanced_and_by_hand():
+    from luthier.bridges.vlap import sinkhorn
+    scores, words = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    Q = sinkhorn(scores, words, 200, 0.5)
+    assert torch.allclose(Q.sum(1), torch.ones(6)) and torch.allclose(Q.sum(0), 6 * words, atol=1e-5)
+    one = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).mul(torch.tensor(2.0).log())          # e^(score/1): [[1, 2], [1, 1]]
+    # columns to 1/2 each: [[1/4, 1/3], [1/4, 1/6]]; rows to 1: [[3/7, 4/7], [3/5, 2/5]]
+    assert torch.allclose(sinkhorn(one, torch.tensor([0.5, 0.5]), 1, 1.0), torch.tensor([[3 / 7, 4 / 7], [3 / 5, 2 / 5]]))
+
+
+@pytest.mark.parametrize("words", ["llama", "t5"])
+def test_vlap_swaps_assignments(words):
+    """Against the loss spelled out pair by pair."""
+    from luthier.bridges.vlap import sinkhorn
+    m, b = made(words, way="vlap(dropout=0.0, tau=0.1, eps=0.1)"), given(words)
+    labels = b.get("decoder_input_ids", b["input_ids"]).clone()
+    labels[0, 2:] = -100
+    out = m(**b)
+    E = F.normalize(m.language.get_input_embeddings().weight, dim=-1)
+    body = m.language.get_encoder() if words == "t5" else m.language.model
+    total, z = 0.0, dict(image=[], text=[])
+    for i in range(3):
+        kept = labels[i][labels[i] != -100]
+        z["image"].append(F.normalize(m.connector(m.see(b["pixel_values"])[i]).mean(1)[0], dim=0) @ E.T)
+        z["text"].append(F.normalize(body(input_ids=kept[None]).last_hidden_state.mean(1)[0], dim=0) @ E.T)
+    counts = torch.arange(64)
+    μ = (counts / counts.sum() / 0.25).softmax(0)
+    Q = {k: sinkhorn(torch.stack(v), μ, 3, 0.1) for k, v in z.items()}
+    for i in range(3):
+        total -= (Q["text"][i] @ (z["image"][i] / 0.1).log_softmax(0) + Q["image"][i] @ (z["text"][i] / 0.1).log_softmax(0)) / 2
+    loss = m.objective(out, labels, counts)
+    assert torch.allclose(loss, 0.1 * total / 3, rtol=1e-3)
+    grads = torch.autograd.grad(loss, [m.connector.map.weight, m.connector.map.bias])
+    assert all(g.abs().sum() > 0 for g in grads)
+    plain = made(words, way="limber(dropout=0.0)")
+    assert torch.equal(plain(**b).logits, out.logits) and "front" not in plain(**b)

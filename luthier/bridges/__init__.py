@@ -7,7 +7,10 @@ A way is declared like a method: frozen hyperparameters and verbs, in a file of 
 
     states(seen)                  which vision states, Seen -> (N, ...) for N images: what may be computed once and kept
     connector(fit)                the nn.Module that trains, for the widths that `fit` names
-    prompt(connector, states)     (N, ...) -> (N, T, D) tokens in front of the text; None puts nothing there
+    prompt(connector, states)     (N, ...) -> (N, T, D) tokens in front of the text
+    loss(model, front, labels, words)        a training term beside the text's own loss: front are the prompts of every row,
+                                  (B, N T, D), labels its learned tokens (IGNORE elsewhere), words how often each stands in the
+                                  training responses (None where nobody counted)
 """
 
 import functools

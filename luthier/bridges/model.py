@@ -126,7 +126,7 @@ class Bridged(nn.Module):
 
     # -- reading and writing ----------------------------------------------------------------------------------------
     def _inputs(self, input_ids, attention_mask, image_states, image_mask):
-        """Embeddings of images and text, (B, N T + L, D), and their mask."""
+        """Embeddings of images and text, (B, N T + L, D), their mask, and those of the images alone."""
         B, N = image_states.shape[:2]
         like = next(self.connector.parameters())
         states = image_states.flatten(0, 1).to(like.dtype)
@@ -135,11 +135,12 @@ class Bridged(nn.Module):
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         shown = there.new_ones(B, N) if image_mask is None else image_mask.to(there)
         shown = shown[:, :, None].expand(front.shape[:3]).flatten(1)
-        h, there = torch.cat([front.flatten(1, 2).to(text.dtype), text], 1), torch.cat([shown, there], 1)
+        front = front.flatten(1, 2).to(text.dtype)
+        h, there = torch.cat([front, text], 1), torch.cat([shown, there], 1)
         if self.writes_apart and image_mask is not None:    # an encoder knows places by order alone: padding goes behind
             order = there.argsort(stable=True, dim=1, descending=True)
             h, there = h.take_along_dim(order[:, :, None], 1), there.gather(1, order)
-        return h, there
+        return h, there, front
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, image_mask=None, image_states=None,
                 past_key_values=None, **more):
@@ -154,12 +155,12 @@ class Bridged(nn.Module):
         if image_states is None:
             there = torch.cat([before, attention_mask], 1)
             more |= dict(input_ids=input_ids, attention_mask=there)
-            inputs = input_ids
+            inputs, front = input_ids, None
         else:
-            inputs, there = self._inputs(input_ids, attention_mask, image_states, image_mask)
+            inputs, there, front = self._inputs(input_ids, attention_mask, image_states, image_mask)
             more |= dict(inputs_embeds=inputs, attention_mask=there)
         if self.writes_apart:
-            return self.language(labels=labels, **more) if labels is not None else self.language(**more)
+            return self._told(self.language(**more, **{} if labels is None else dict(labels=labels)), front, labels)
         n = input_ids.shape[1]
         if "position_ids" in self.takes:                    # padding anywhere moves nothing
             more.setdefault("position_ids", (there.long().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1]:])
@@ -172,7 +173,23 @@ class Bridged(nn.Module):
         if labels is not None:
             kept = labels[:, 1:] != IGNORE                  # only these rows meet the softmax
             out["loss"] = F.cross_entropy(out["logits"][:, :-1][kept].float(), labels[:, 1:][kept])
+        return self._told(out, front, labels)
+
+    def _told(self, out, front, labels):
+        """An output that also holds what the way's own loss reads, and in training that loss."""
+        if front is not None and self.has_loss:
+            out["front"] = front
+            if labels is not None and self.training:
+                out["loss"] = out["loss"] + self.objective(out, labels)
         return out
+
+    @property
+    def has_loss(self):
+        return hasattr(self.way, "loss")
+
+    def objective(self, out, labels, words=None):
+        """What the way adds to the loss of the text."""
+        return self.way.loss(self, out["front"], labels, words)
 
     def generate(self, input_ids=None, attention_mask=None, pixel_values=None, image_mask=None, image_states=None, **more):
         """As the language model generates; of a decoder, prompt and continuation."""
@@ -180,7 +197,7 @@ class Bridged(nn.Module):
             image_states = self.see(pixel_values)
         if image_states is None:
             return self.language.generate(input_ids, attention_mask=attention_mask, **more)
-        inputs, there = self._inputs(input_ids, attention_mask, image_states, image_mask)
+        inputs, there, _ = self._inputs(input_ids, attention_mask, image_states, image_mask)
         out = self.language.generate(inputs_embeds=inputs, attention_mask=there, **more)
         if self.writes_apart or not torch.is_tensor(out):
             return out

@@ -64,7 +64,8 @@ class ImageToText(Language):
 
     def __init__(self, model=None, *, metric=None, **more):
         super().__init__(model, metric=metric, **more)
-        self.asked, self.kinds, self.longest_answer, self.eyes, self.memory, self.albums = metric, (), 64, None, (None, {}), {}
+        self.asked, self.kinds, self.longest_answer, self.words = metric, (), 64, None
+        self.eyes, self.memory, self.albums = None, (None, {}), {}
 
     side, base, fitting_size = ImageClassification.side, ImageClassification.base, ImageClassification.fitting_size
 
@@ -93,6 +94,7 @@ class ImageToText(Language):
             texts = [a for several in self.answers(train) for a in several[:1]]
             coded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
             self.longest_answer = min(self.max_length, 1 + max(map(len, coded), default=63))
+            self.words = torch.bincount(torch.tensor([i for ids in coded for i in ids], dtype=torch.long))
 
     def limit(self, name, most, seed):
         super().limit(name, most, seed)
@@ -264,15 +266,26 @@ class ImageToText(Language):
                              "not belong together. Put the model's own tokenizer beside it.")
         return model.draw(seed)
 
+    def loss(self, model, batch):
+        """The text's own, and what the bridge's way adds."""
+        out, base = self.outputs_of(model, batch), base_of(model)
+        total, n = self.nll_of(out, batch)
+        more = base.objective(out, batch["labels"].to(total.device), self.words) if getattr(base, "has_loss", False) else 0.0
+        return total / max(n, 1) + more
+
     def nll(self, model, batch):
-        if not self.apart:
-            return super().nll(model, batch)
-        return self.chosen(self.logits(model, batch), batch["labels"])
+        return self.nll_of(self.outputs_of(model, batch), batch)
+
+    def nll_of(self, out, batch):
+        labels, logits = batch["labels"], out["logits"]
+        return self.chosen(logits, labels) if self.apart else self.chosen(logits[:, :-1], labels[:, 1:])
 
     def logits(self, model, batch):
+        return self.outputs_of(model, batch)["logits"]
+
+    def outputs_of(self, model, batch):
         self.tell(model, batch)
-        given = {k: v for k, v in batch.items() if k != "labels" or self.apart}
-        return model(**to_device(given, model))["logits"]
+        return model(**to_device({k: v for k, v in batch.items() if k != "labels" or self.apart}, model))
 
     def tell(self, model, batch):
         """Methods that make their state from a context learn which kind of task a batch is."""
