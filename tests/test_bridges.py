@@ -240,3 +240,118 @@ def test_vlap_swaps_assignments(words):
     assert all(g.abs().sum() > 0 for g in grads)
     plain = made(words, way="limber(dropout=0.0)")
     assert torch.equal(plain(**b).logits, out.logits) and "front" not in plain(**b)
+
+
+# -- eP-ALM and Mono-InternVL: inside the decoder ------------------------------------------------------------------------
+
+
+def deep(words="llama", layers=6):
+    """A decoder with enough layers for some of them to be late."""
+    import transformers as t
+    torch.manual_seed(1)
+    if words == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_layer=layers, n_embd=32, n_head=4, n_positions=64)).eval()
+    return t.LlamaForCausalLM(t.LlamaConfig(**tiny.TEXT, **tiny.WIDTH | dict(num_hidden_layers=layers))).eval()
+
+
+def walked(language, h, places, before=lambda i, h, places: (h, places), ffn=None):
+    """A Llama spelled out, layer by layer: causal attention, no padding; `before` may change the stream, `ffn` runs in the FFN's
+    place."""
+    body = language.model
+    for i, layer in enumerate(body.layers):
+        h, places = before(i, h, places)
+        n = h.shape[1]
+        mask = torch.full((n, n), float("-inf")).triu(1)[None, None]
+        x = layer.input_layernorm(h)
+        h = h + layer.self_attn(x, position_embeddings=body.rotary_emb(x, places[None]), attention_mask=mask)[0]
+        x = layer.post_attention_layernorm(h)
+        h = h + (layer.mlp(x) if ffn is None else ffn(i, layer, x))
+    return language.lm_head(body.norm(h))
+
+
+def test_epalm_shows_class_tokens_to_late_layers():
+    m, b = bridge(tiny.build("vit"), deep(), "epalm(states_of=2, soft=2, start=0.34)"), given("llama")
+    ids, pixels = b["input_ids"][:1], b["pixel_values"][:1]
+    seen = m.vision(pixels, output_hidden_states=True).hidden_states
+    tokens = [m.connector.map(m.vision.layernorm(h)[:, :1]) for h in seen[-2:]]
+    assert m.way.layers_of(6, 2) == {2: 0, 3: 1, 4: 1, 5: None}
+    assert parse("epalm()").layers_of(32, 6) == {19 + i: i // 2 for i in range(12)} | {31: None}       # as for OPT-2.7B
+
+    def before(i, h, places):
+        if i == 2:                                          # a token more from here on, at place 0
+            return torch.cat([tokens[0], h], 1), torch.cat([torch.zeros(1, dtype=torch.long), places])
+        return (torch.cat([tokens[1], h[:, 1:]], 1), places) if i in (3, 4) else (h, places)
+    h = torch.cat([m.connector.soft.P[None], m.language.get_input_embeddings()(ids)], 1)
+    y = walked(m.language, h, torch.arange(h.shape[1]), before)[:, 3:]
+    assert torch.allclose(m(ids, pixel_values=pixels).logits, y, atol=1e-5)
+
+
+def test_monointern_routes_tokens_by_kind():
+    m, b = bridge(tiny.build("vit"), deep(layers=3), "monointern()"), given("llama")
+    ids, pixels = b["input_ids"][:1], b["pixel_values"][:1]
+    same = bridge(m.vision, m.language, "monointern(experts=False)")
+    assert torch.allclose(m(ids, pixel_values=pixels).logits, same(ids, pixel_values=pixels).logits, atol=1e-5)      # copies
+    with torch.no_grad():
+        for p in m.connector.experts.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    front = m.connector.map(m.vision.embeddings(pixels)[:, 1:])
+    h = torch.cat([front, m.language.get_input_embeddings()(ids)], 1)
+
+    def ffn(i, layer, x):
+        return torch.cat([m.connector.experts[i](x[:, :16]), layer.mlp(x[:, 16:])], 1) if i < 2 else layer.mlp(x)
+    y = walked(m.language, h, torch.arange(h.shape[1]), ffn=ffn)[:, 16:]
+    assert torch.allclose(m(ids, pixel_values=pixels).logits, y, atol=1e-5)
+
+
+def test_monointern_never_runs_the_blocks_of_the_eyes():
+    m, ran = made(way="monointern()"), []
+    for block in m.eyes.blocks:
+        block.register_forward_hook(lambda *a: ran.append(1))
+    m(**given("llama"))
+    assert not ran
+
+
+@pytest.mark.parametrize("words", ["llama", "gpt2"])
+@pytest.mark.parametrize("way", ["epalm(states_of=2, soft=1, start=0.3)", "monointern()"])
+@pytest.mark.parametrize("chain", ["", "prompt(n=2, at='text.embed')"])
+def test_inside_a_decoder_with_caches_padding_and_inserted_tokens(words, way, chain):
+    m, b = bridge(tiny.build("vit"), deep(words, 4), way), given("llama", n=2)
+    jiggle = [p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))) for p in
+              m.connector.parameters() if not p.requires_grad_(False).requires_grad]
+    model = luthier.attach(m, chain) if chain else m
+    shown = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    said = dict(pixel_values=b["pixel_values"], image_mask=shown, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    ids, mask = b["input_ids"], b["attention_mask"]
+    for beams in (1, 3):
+        fast, slow = (model.generate(ids, attention_mask=mask, **said, num_beams=beams, use_cache=c) for c in (True, False))
+        assert torch.equal(fast, slow) and jiggle
+    alone = model(ids[1:2], mask[1:2], b["pixel_values"][1:2, 0]).logits
+    assert torch.allclose(model(ids, mask, b["pixel_values"], image_mask=shown).logits[1:2], alone, atol=2e-5)
+    text = {k: b[k] for k in ("input_ids", "attention_mask")}
+    if not chain:
+        assert torch.equal(m(**text).logits, m.language(**text).logits)
+        first = m(ids[:, :8], mask[:, :8], b["pixel_values"], image_mask=shown, use_cache=True)
+        rest = m(ids[:, 8:], mask, past_key_values=first.past_key_values).logits
+        whole = m(ids, mask, b["pixel_values"], image_mask=shown).logits[:, 8:]
+        assert torch.allclose(rest, whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", ["epalm(states_of=2)", "monointern()", "vlap()"])
+def test_every_way_trains_all_of_its_connector_and_nothing_else(way):
+    m, b = made(way=way), given("llama")
+    before = fingerprint(m.vision), fingerprint(m.language)
+    tuned = luthier.attach(m, 'full(at="connector")').train()
+    tuned(**b, labels=b["input_ids"]).loss.backward()
+    assert sum(p.numel() for _, p in tuned.trainable()) == sum(p.numel() for p in m.connector.parameters())
+    assert all(p.grad is not None and p.grad.any() for _, p in tuned.trainable())
+    optimizer = torch.optim.AdamW([p for _, p in tuned.trainable()], lr=1e-2)
+    optimizer.step()
+    text = {k: b[k] for k in ("input_ids", "attention_mask")}
+    assert torch.equal(tuned.eval()(**text).logits, m.language(**text).logits)           # text alone, to the bit
+    assert (fingerprint(m.vision), fingerprint(m.language)) == before
+
+
+@pytest.mark.parametrize("way", ["epalm()", "monointern()"])
+def test_ways_inside_a_decoder_refuse_others(way):
+    with pytest.raises(DoesNotFit, match="decoder"):
+        made("t5", way=way)

@@ -3,11 +3,13 @@
     model = luthier.bridge("dinov2-s", "smollm2-135m", "limber()")      # in text: dinov2-s+smollm2-135m:limber()
     tuned = luthier.attach(model, 'full(at="connector") >> lora(at="text.attn.q text.attn.v")')
 
-A way is declared like a method: frozen hyperparameters and verbs, in a file of its name. Its verbs:
+A way is declared like a method: frozen hyperparameters and verbs, in a file of its name. The first `hidden` of an image's prompt
+tokens are masked wherever `within` does not show them. Its verbs:
 
     states(seen)                  which vision states, Seen -> (N, ...) for N images: what may be computed once and kept
     connector(fit)                the nn.Module that trains, for the widths that `fit` names
     prompt(connector, states)     (N, ...) -> (N, T, D) tokens in front of the text
+    within(run)                   a context in which the language model runs with images: its blocks may be hooked; see way.Run
     loss(model, front, labels, words)        a training term beside the text's own loss: front are the prompts of every row,
                                   (B, N T, D), labels its learned tokens (IGNORE elsewhere), words how often each stands in the
                                   training responses (None where nobody counted)

@@ -2,13 +2,14 @@
 written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of bridges."""
 
 import inspect
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..errors import DoesNotFit
-from .way import Fit, Seen
+from .way import Fit, Run, Seen
 
 IGNORE = -100
 EYES = ("vision_model", "vision_tower", "visual")
@@ -33,6 +34,10 @@ def _eyes(model):
     return next((m for n, m in base.named_modules() if n.rpartition(".")[2] in EYES), base)
 
 
+class _Enough(Exception):
+    """The vision model has given what is read of it."""
+
+
 class Bridged(nn.Module):
     """vision, connector, language. Images are (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer.
     Logits are those of the text alone; without images they are the language model's own, to the bit."""
@@ -41,11 +46,10 @@ class Bridged(nn.Module):
 
     def __init__(self, vision, language, way, side=None, seed=0):
         super().__init__()
-        from ..site import sites
+        from ..site import Stack, sites
 
         self.vision, self.language, self.way = vision, language, way
-        stacks = sites(vision).stacks
-        self.fixed, self.wide = (stacks[-1].fixed, stacks[-1].dim) if stacks else (0, 0)
+        self.eyes, self.pen = ((sites(m).stacks or (Stack("", m, ""),))[-1] for m in (vision, language))
         self.side = side or _side(vision)
         self.takes = frozenset(inspect.signature(language.forward).parameters)
         table = language.get_input_embeddings() if hasattr(language, "get_input_embeddings") else None
@@ -56,15 +60,16 @@ class Bridged(nn.Module):
             with torch.no_grad():                           # one look says what there is to read
                 states = self.see(next(vision.parameters()).new_zeros(1, 3, self.side, self.side))[0, 0]
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DoesNotFit(f"{type(vision).__name__} does not look at images ({str(error)[:200]}). Bridge from a vision model "
-                             "such as dinov2-s.") from error
+            raise DoesNotFit(f"{type(vision).__name__} does not look at images ({str(error)[:200]}). Bridge from a vision "
+                             "model such as dinov2-s.") from error
         self.shape = tuple(states.shape)
         self.connector = self._fresh(seed)
 
     def _fresh(self, seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = self.way.connector(Fit(self.shape, self.language.get_input_embeddings().weight.shape[1], self.language))
+            width = self.language.get_input_embeddings().weight.shape[1]
+            made = self.way.connector(Fit(self.shape, width, self.language, self.pen))
         like = next(self.language.parameters())
         return made.to(like.device, like.dtype)
 
@@ -107,40 +112,81 @@ class Bridged(nn.Module):
         """What the connector reads of images, (B, N, ...): may be computed once and given as image_states ever after."""
         x = pixel_values if pixel_values.dim() > 4 else pixel_values[:, None]
         states = self.way.states(self._look(x.flatten(0, 1).to(next(self.vision.parameters()).dtype)))
-        return states.contiguous().unflatten(0, x.shape[:2])            # laid out as what was kept is: the same sums, to the bit
+        return states.contiguous().unflatten(0, x.shape[:2])            # laid out as what was kept is: the same sums
 
     def _look(self, x):
         from ..host import as_tokens
 
-        if hasattr(self.vision, "config"):
-            size, takes = getattr(self.vision.config, "image_size", None), inspect.signature(self.vision.forward).parameters
-            resized = size not in (None, x.shape[-1]) and "interpolate_pos_encoding" in takes
-            more = dict(interpolate_pos_encoding=True) if resized else {}
-            out = self.vision(x, output_hidden_states=self.way.layers, return_dict=True, **more)
-        else:
-            out = getattr(self.vision, "forward_features", self.vision)(x)
+        if self.way.embedded:
+            return self._entering(x)
+        out, fixed, norm = self._run_eyes(x), self.eyes.fixed, self.eyes.final_module
         h = getattr(out, "last_hidden_state", out)
-        h = h[:, None] if h.dim() == 2 else as_tokens(h, self.wide)[0]
-        layers = tuple(getattr(out, "hidden_states", None) or ())
-        return Seen(h[:, self.fixed:], h[:, 0] if self.fixed else h.mean(1), layers, self.fixed)
+        h = h[:, None] if h.dim() == 2 else as_tokens(h, self.eyes.dim)[0]
+        layers = tuple(getattr(out, "hidden_states", None) or ())[-self.eyes.n_blocks:] if self.way.layers else ()
+        if self.way.layers and not layers:
+            raise DoesNotFit(f"{type(self.way).__name__} reads several layers of the vision model, and "
+                             f"{type(self.vision).__name__} gives its last alone. Use a vision transformer of transformers.")
+        return Seen(h[:, fixed:], h[:, 0] if fixed else h.mean(1), tuple(norm(x) if norm else x for x in layers), fixed)
+
+    def _run_eyes(self, x):
+        if not hasattr(self.vision, "config"):
+            return getattr(self.vision, "forward_features", self.vision)(x)
+        size, takes = getattr(self.vision.config, "image_size", None), inspect.signature(self.vision.forward).parameters
+        resized = size not in (None, x.shape[-1]) and "interpolate_pos_encoding" in takes
+        more = dict(interpolate_pos_encoding=True) if resized else {}
+        return self.vision(x, output_hidden_states=self.way.layers, return_dict=True, **more)
+
+    def _entering(self, x):
+        """Seen of what enters the first block; nothing after it runs."""
+        kept = []
+
+        def stop(module, args, kwargs):
+            kept.append(args[0] if args else next(iter(kwargs.values())))
+            raise _Enough
+
+        handle = self.eyes.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with suppress(_Enough):
+                self._run_eyes(x)
+        finally:
+            handle.remove()
+        h, fixed = kept[0], self.eyes.fixed
+        return Seen(h[:, fixed:], h[:, fixed:].mean(1), (), fixed)
 
     # -- reading and writing ----------------------------------------------------------------------------------------
     def _inputs(self, input_ids, attention_mask, image_states, image_mask):
-        """Embeddings of images and text, (B, N T + L, D), their mask, and those of the images alone."""
+        """Embeddings of images and text, (B, N T + L, D), their mask, and the Run."""
         B, N = image_states.shape[:2]
-        like = next(self.connector.parameters())
-        states = image_states.flatten(0, 1).to(like.dtype)
-        front = self.way.prompt(self.connector, states).unflatten(0, (B, N))                                 # (B, N, T, D)
+        states = image_states.to(next(self.connector.parameters()).dtype)
         text = self.language.get_input_embeddings()(input_ids)
+        front = self.way.prompt(self.connector, states.flatten(0, 1)).unflatten(0, (B, N)).to(text.dtype)         # (B, N, T, D)
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         shown = there.new_ones(B, N) if image_mask is None else image_mask.to(there)
-        shown = shown[:, :, None].expand(front.shape[:3]).flatten(1)
-        front = front.flatten(1, 2).to(text.dtype)
-        h, there = torch.cat([front, text], 1), torch.cat([shown, there], 1)
+        places = shown[:, :, None] * (torch.arange(front.shape[2], device=there.device) >= self.way.hidden)
+        run = Run(self, states, shown, front.flatten(1, 2))
+        h, there = torch.cat([run.front, text], 1), torch.cat([places.flatten(1).to(there), there], 1)
         if self.writes_apart and image_mask is not None:    # an encoder knows places by order alone: padding goes behind
             order = there.argsort(stable=True, dim=1, descending=True)
             h, there = h.take_along_dim(order[:, :, None], 1), there.gather(1, order)
-        return h, there, front
+        return h, there, run
+
+    @contextmanager
+    def _within(self, run):
+        """The way inside the language model, for as long as it reads these images or writes about them."""
+        if not hasattr(self.way, "within"):
+            yield
+            return
+
+        def begin(module, args, kwargs):
+            past = kwargs.get("past_key_values")
+            run.filling = past is None or past.get_seq_length() == 0
+
+        handle = self.pen.module.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            with self.way.within(run):
+                yield
+        finally:
+            handle.remove()
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, image_mask=None, image_states=None,
                 past_key_values=None, **more):
@@ -148,37 +194,34 @@ class Bridged(nn.Module):
             image_states = self.see(pixel_values)
         if past_key_values is not None:
             more["past_key_values"] = past_key_values
-        before = getattr(past_key_values, "_luthier_shown", None)           # the mask of images that a cache holds
+        before, run = getattr(past_key_values, "_luthier_shown", (None, None))         # of a cache: its images' mask and Run
         if image_states is None and before is None:
             more |= {} if labels is None else dict(labels=labels)
             return self.language(input_ids=input_ids, attention_mask=attention_mask, **more)
         if image_states is None:
-            there = torch.cat([before, attention_mask], 1)
-            more |= dict(input_ids=input_ids, attention_mask=there)
-            inputs, front = input_ids, None
+            inputs, there = input_ids, torch.cat([before, attention_mask], 1)
+            more |= dict(input_ids=inputs, attention_mask=there)
         else:
-            inputs, there, front = self._inputs(input_ids, attention_mask, image_states, image_mask)
+            inputs, there, run = self._inputs(input_ids, attention_mask, image_states, image_mask)
             more |= dict(inputs_embeds=inputs, attention_mask=there)
-        if self.writes_apart:
-            return self._told(self.language(**more, **{} if labels is None else dict(labels=labels)), front, labels)
         n = input_ids.shape[1]
-        if "position_ids" in self.takes:                    # padding anywhere moves nothing
+        if self.writes_apart:
+            more |= {} if labels is None else dict(labels=labels)
+        elif "position_ids" in self.takes:                  # padding anywhere moves nothing
             more.setdefault("position_ids", (there.long().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1]:])
-        if "logits_to_keep" in self.takes:
+        if "logits_to_keep" in self.takes and not self.writes_apart:
             more.setdefault("logits_to_keep", n)
-        out = self.language(**more)
-        out["logits"] = out["logits"][:, -n:]
-        if out.get("past_key_values") is not None and before is None:
-            out["past_key_values"]._luthier_shown = there[:, :-n]
-        if labels is not None:
-            kept = labels[:, 1:] != IGNORE                  # only these rows meet the softmax
-            out["loss"] = F.cross_entropy(out["logits"][:, :-1][kept].float(), labels[:, 1:][kept])
-        return self._told(out, front, labels)
-
-    def _told(self, out, front, labels):
-        """An output that also holds what the way's own loss reads, and in training that loss."""
-        if front is not None and self.has_loss:
-            out["front"] = front
+        with self._within(run):
+            out = self.language(**more)
+        if not self.writes_apart:
+            out["logits"] = out["logits"][:, -n:]
+            if out.get("past_key_values") is not None and before is None:
+                out["past_key_values"]._luthier_shown = there[:, :-n], run
+            if labels is not None:
+                kept = labels[:, 1:] != IGNORE              # only these rows meet the softmax
+                out["loss"] = F.cross_entropy(out["logits"][:, :-1][kept].float(), labels[:, 1:][kept])
+        if self.has_loss and image_states is not None:
+            out["front"] = run.front
             if labels is not None and self.training:
                 out["loss"] = out["loss"] + self.objective(out, labels)
         return out
@@ -197,8 +240,9 @@ class Bridged(nn.Module):
             image_states = self.see(pixel_values)
         if image_states is None:
             return self.language.generate(input_ids, attention_mask=attention_mask, **more)
-        inputs, there, _ = self._inputs(input_ids, attention_mask, image_states, image_mask)
-        out = self.language.generate(inputs_embeds=inputs, attention_mask=there, **more)
+        inputs, there, run = self._inputs(input_ids, attention_mask, image_states, image_mask)
+        with self._within(run):
+            out = self.language.generate(inputs_embeds=inputs, attention_mask=there, **more)
         if self.writes_apart or not torch.is_tensor(out):
             return out
         return torch.cat([input_ids.repeat_interleave(len(out) // len(input_ids), 0), out], 1)

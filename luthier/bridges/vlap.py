@@ -1,9 +1,9 @@
 """LiMBeR's map, and word embeddings as what image and caption are both assigned to.
     P = softmax(cos(z, E) / τ),    Q = argmax <Q, cos(z, E)> + ε H(Q), word k given μ_k, a sample 1/B
     L = L_caption - λ/2 mean [Q_text · log P_image + Q_image · log P_text]
-Park et al., Bridging Vision and Language Spaces with Assignment Prediction (VLAP), 2024. arXiv:2404.09632 §3; z of an image is the
-mean of its mapped tokens, of a caption the mean of the frozen language model's last states, E the word embeddings, μ the words'
-frequencies f in the training captions as the authors' code takes them, softmax(f / 0.25). Q by Sinkhorn, without gradient.
+Park et al., Bridging Vision and Language Spaces with Assignment Prediction (VLAP), 2024. arXiv:2404.09632 §3; z of an image
+is the mean of its mapped tokens, of a caption the mean of the frozen language model's last states, E the word embeddings, μ the
+words' frequencies f in the training captions as the authors' code takes them, softmax(f / 0.25). Q by Sinkhorn, no gradient.
 """
 
 import torch

@@ -12,6 +12,8 @@ WAYS = {}                               # name -> Way subclass
 
 class Way(Declared):
     layers = False                      # whether states() reads the states of every layer
+    embedded = False                    # whether it reads what enters the first block, and the vision model stops there
+    hidden = 0                          # of each image's prompt tokens: so many are masked
 
     def prompt(self, connector, states):
         return connector(states)
@@ -29,8 +31,27 @@ class Seen:
     """What a vision model makes of N images."""
     tokens: torch.Tensor                # (N, S, d) the last states but special tokens; S = 1 of an encoder that gives a vector
     summary: torch.Tensor               # (N, d) the class token's, or the mean where there is none
-    layers: tuple = ()                  # where asked for: (N, fixed + S, d) after each layer, the embedding first
+    layers: tuple = ()                  # where asked for: (N, fixed + S, d) after each block, normed as the last is
     fixed: int = 0                      # leading special tokens
+
+
+@dataclasses.dataclass
+class Run:
+    """What `within` sees of one run of the language model: front tokens stand at places offset + 0 ... N T."""
+    model: torch.nn.Module
+    states: torch.Tensor                # (B, N, ...)
+    shown: torch.Tensor                 # (B, N)
+    front: torch.Tensor                 # (B, N T, D)
+    filling: bool = True                # whether the running forward reads the images, not only what follows them in a cache
+
+    @property
+    def offset(self):
+        """How many tokens the methods on the model put before all others."""
+        from ..host import Host
+
+        host = Host.of(self.model)
+        port = host and host.run(self.model.pen)
+        return port.length() if port else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +60,4 @@ class Fit:
     states: tuple                       # the shape of one image's states
     width: int                          # D, of the language model's embeddings
     language: torch.nn.Module
+    pen: object = None                  # its Stack
