@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes on a canvas, with everything that can be asked of them. Scene i of a seed is the same on
 every machine: randomness comes from `random.Random(text).random()`, whose values Python guarantees, and drawing is arithmetic.
 
-    s = scene(7, seed=0, size=64)        s.image()      uint8 (64, 64, 3)
+    s = scene(7, seed=0, size=64)        s.image()      uint8 (64, 64, 3);  s.image("outline"): the same scene in another of STYLES
     s.caption()    "a small red circle and a large blue square"
     s.boxes()      int (n, 4), x0 y0 x1 y1, the last two exclusive; s.masks(): bool (n, 64, 64); s.labels(): int (n,), the shapes
     s.questions()  [Question("count", "How many red shapes are there?", "2"), ...]
@@ -24,6 +24,7 @@ SIZES = {"small": 0.09, "large": 0.16}               # half the width, as a shar
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUND = (24, 26, 34)
 FINE = 3                                             # samples a pixel and side, for smooth edges
+STYLES = ("plain", "pale", "light", "outline", "noise", "stripes", "grey")       # how a scene is drawn; see `paint`
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,18 @@ class Shape:
     def name(self):
         return f"{self.size} {self.colour} {self.shape}"
 
-    def covers(self, size):
-        """float (size, size): the share of each pixel that the shape covers."""
-        at = (np.arange(size * FINE) + 0.5) / (size * FINE)
-        u, v = (at[None, :] - self.x) / SIZES[self.size], (at[:, None] - self.y) / SIZES[self.size]
+    def covers(self, size, share=1.0):
+        """float (size, size): the share of each pixel that the shape covers; share=0.6: of the shape shrunk to 0.6 of its size."""
+        half, at = SIZES[self.size] * share, (np.arange(size * FINE) + 0.5) / (size * FINE)
+        across, down = (slice(max(0, int((c - half) * size) - 1), max(0, int((c + half) * size) + 2)) for c in (self.x, self.y))
+        u, v = ((at[w.start * FINE:w.stop * FINE] - c) / half for w, c in ((across, self.x), (down, self.y)))
+        u, v = u[None, :], v[:, None]                # of the pixels around the shape: all others stay uncovered
         inside = {"circle": u * u + v * v <= 1, "square": np.maximum(abs(u), abs(v)) <= 0.9, "diamond": abs(u) + abs(v) <= 1,
                   "triangle": (v <= 0.8) & (2 * abs(u) <= v + 1), "cross": (np.minimum(abs(u), abs(v)) <= 0.3) &
                   (np.maximum(abs(u), abs(v)) <= 1)}[self.shape]
-        return inside.reshape(size, FINE, size, FINE).mean((1, 3))
+        found, (h, w) = np.zeros((size, size)), inside.shape
+        found[down, across] = inside.reshape(h // FINE, FINE, w // FINE, FINE).mean((1, 3))
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,25 @@ def novel(shape, colour):
     return (SHAPES.index(shape) + 2 * list(COLOURS).index(colour)) % 5 == 0
 
 
-def paint(shapes, size):
-    image = np.empty((size, size, 3))
-    image[:] = BACKGROUND
+def paint(shapes, size, style="plain", key=""):
+    """uint8 (size, size, 3). Styles: colours half-way to grey (pale), a light or a striped background, rims only (outline),
+    uniform noise of ±70 a channel, and the mean of the channels (grey), in which colours cannot be told."""
+    if style not in STYLES:
+        raise ValueError(f"There is no style {style!r}: {', '.join(STYLES)}")
+    image, draw = np.empty((size, size, 3)), Draw(key, "style")
+    image[:] = (228, 230, 235) if style == "light" else BACKGROUND
+    if style == "stripes":
+        y, x = np.indices((size, size))
+        image[((x + y) * 10 // size + draw.below(2)) % 2 == 1] = (96, 98, 106)
     for s in shapes:
-        cover = s.covers(size)[..., None]
-        image = image * (1 - cover) + cover * np.array(COLOURS[s.colour], float)
-    return (image + 0.5).astype(np.uint8)
+        cover = (s.covers(size) - s.covers(size, 0.65) if style == "outline" else s.covers(size))[..., None]
+        colour = np.array(COLOURS[s.colour], float)
+        image = image * (1 - cover) + cover * (0.4 * colour + 0.6 * 120 if style == "pale" else colour)
+    if style == "noise":
+        image += 140 * (np.array([draw.random() for _ in range(image.size)]).reshape(image.shape) - 0.5)
+    if style == "grey":
+        image[:] = image.mean(2, keepdims=True)
+    return (image + 0.5).clip(0, 255).astype(np.uint8)
 
 
 class Draw:
@@ -95,8 +112,8 @@ class Scene:
     size: int = 64
     key: str = ""
 
-    def image(self):
-        return paint(self.shapes, self.size)
+    def image(self, style="plain"):
+        return paint(self.shapes, self.size, style, self.key)
 
     def masks(self):
         return np.stack([s.covers(self.size) >= 0.5 for s in self.shapes])

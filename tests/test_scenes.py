@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from luthier.scenes import BACKGROUND, COLOURS, SHAPES, clip, novel, scene
+from luthier.scenes import BACKGROUND, COLOURS, SHAPES, STYLES, clip, novel, scene
 
 
 def test_the_same_on_every_machine():
@@ -94,3 +94,19 @@ def test_bad_arguments_say_what_is_right():
     for bad in (dict(size=4), dict(most=10), dict(least=5, most=2), dict(split="train")):
         with pytest.raises(ValueError, match="size is at least 8"):
             scene(0, **bad)
+
+
+def test_styles_move_nothing():
+    """A style draws the same shapes elsewise, the same way each time, and the plain one is the picture without a word on style."""
+    for style in STYLES:
+        s = scene(6, seed=2, most=4)
+        image = s.image(style)
+        assert (image == scene(6, seed=2, most=4).image(style)).all() and image.shape == (64, 64, 3)
+        assert (style == "plain") == (image == s.image()).all()
+    grey, light, outline = (s.image(k).astype(int) for k in ("grey", "light", "outline"))
+    assert (grey.max(2) == grey.min(2)).all() and (light[0, 0] == (228, 230, 235)).all()
+    middle = [(int(64 * x.y), int(64 * x.x)) for x in s.shapes]
+    assert all((outline[at] == BACKGROUND).all() and (s.image()[at] == COLOURS[x.colour]).all()
+               for at, x in zip(middle, s.shapes, strict=True))
+    with pytest.raises(ValueError, match="style 'neon'"):
+        s.image("neon")
