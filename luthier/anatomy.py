@@ -224,6 +224,8 @@ def begin(s, first, leaves, roles, modules, place, paths):
     s.fixed = known if isinstance(known, int) else sum(p.shape[-2] if p.dim() > 1 else 1 for p in special)
     if tokens and s.embed == "out" and not (s.fixed or s.causal or s.cross or s.name == "encoder"):
         s.fixed = int(not WITHOUT_CLS.search(type(s.module).__name__))          # BERT's sentence token
+    if len(tokens) == 1 and s.embed == "out" and "input_ids" in takes and "token_type_ids" not in takes:
+        s.words_module = tokens[0].module
 
 
 # ---- the scan ----------------------------------------------------------------------------------------------------------
@@ -262,7 +264,8 @@ def scan(model):
         speaks = "CausalLM" in type(model).__name__ and s.name in ("", "text")
         s.causal = s.causal or s.embed == "ids" and (speaks or s.name == "decoder" and s.cross)
         last, dot = s.final_module if s.final_module is not None else s.blocks[-1], s.name + "." if s.name else ""
-        for name, m, layout, d, key in (("embed", s.embed_module, "in" if s.embed == "in" else "out", width, (start, -3)),
+        looked = [("words", s.words_module, "out", width, (start, -4))] if s.words_module is not None else []
+        for name, m, layout, d, key in (*looked, ("embed", s.embed_module, "in" if s.embed == "in" else "out", width, (start, -3)),
                                         ("final", last, "out", s.dim, (max(ends[path_of[id(last)]], end), 9))):
             found.append((key, Site(dot + name, "stream", m, path_of[id(m)], name, s.name, layout, d_in=d, d_out=d, stack=s)))
     return named([s for _, s in sorted(found, key=lambda f: f[0])]), model, tuple(stacks)

@@ -173,7 +173,7 @@ class Tuned(nn.Module):
         others = [p for o in host.owners for p in o.states.parameters()]
         self._frozen = [(p, p.requires_grad) for p in dict.fromkeys([*model.parameters(), *others])]
         owner.states = self.states
-        owner.chain = todo.chain
+        owner.chain, owner.base = todo.chain, host.model
         host.owners.append(owner)
         for p, _ in self._frozen:
             p.requires_grad_(False)
@@ -222,7 +222,7 @@ class Tuned(nn.Module):
             return
         key = f"{i}:{type(m).__name__}@{s.name}".replace(".", "/")
         def init():
-            return call(m, "init", site=bound, seen=seen, rows=slice(None))
+            return call(m, "init", site=bound, seen=seen, rows=slice(None), model=self.base)
         made = init() if state is None else state(key, init)
         if made is None:
             return

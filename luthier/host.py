@@ -118,7 +118,7 @@ class Owner:
     """One attachment's switch."""
 
     def __init__(self, name):
-        self.name, self.active, self.context, self.states = name, True, {}, None
+        self.name, self.active, self.context, self.states, self.base = name, True, {}, None, None
 
 
 class Entry:
@@ -137,7 +137,9 @@ class Entry:
     @property
     def p(self):
         if self.method.has("produce"):
-            return Overlay(self.state, self.method.produce(self.owner.context, self.state))
+            offered = getattr(self.owner.base, "context", None)             # what the model itself knows in this forward
+            ctx = {**offered, **self.owner.context} if isinstance(offered, dict) else self.owner.context
+            return Overlay(self.state, self.method.produce(ctx, self.state))
         return self.state
 
     def act(self, verb, **have):
@@ -509,8 +511,35 @@ class StackPort:
                                      f"hold them: {s.insert}. Use a method that changes weights or streams in place.")
         return self.inserted
 
+    def _words(self, port, args, kwargs):
+        """Texts before positions are added: looked up and changed here. Ids and mask go along as lanes, so the model itself adds
+        the positions and finds the end of each text; what is inserted has the id 0. Padding gives way to what is inserted where
+        the positions end, and takes the place of what goes where there is no mask (SigLIP reads a text at its last padding)."""
+        s, port.ready, ids = self.stack, None, kwargs.pop("input_ids", None)
+        if ids is None:
+            ids, args = args[0], args[1:]
+        mask, most = kwargs.get("attention_mask"), getattr(s.module.config, "max_position_embeddings", None) or ids.shape[1] + 9999
+        lanes = {"ids": ids[..., None]} | ({} if mask is None else {"mask": mask.bool()[..., None]})
+        t = Tokens(s.words_module(ids), lanes, fixed=1 if s.causal else s.fixed, causal=s.causal)
+        for e in port.live:
+            t = e.act("stream", t=t)
+        if mask is None and (short := ids.shape[1] - t.h.shape[1]) > 0:
+            pad = t.lanes["ids"][:, -1:].expand(-1, short, 1)
+            t = replace(t, h=torch.cat([t.h, s.words_module(pad[..., 0])], 1), lanes={"ids": torch.cat([t.lanes["ids"], pad], 1)})
+        ids = t.lanes["ids"][..., 0]
+        if ids.shape[1] > most and not (ids[:, most - 1:] == ids[:, -1:]).all():
+            raise DoesNotFit(f"{type(port.live[-1].method).__name__} makes texts of {ids.shape[1]} tokens at {port.site.name}, and "
+                             f"the model has {most} positions. Insert fewer tokens, or give shorter texts.")
+        port.ready, kwargs["input_ids"] = t.h[:, :most], ids[:, :most]
+        if mask is not None:
+            kwargs["attention_mask"] = t.lanes["mask"][:, :most, 0].to(mask.dtype)
+        return args, kwargs
+
     def before(self, module, args, kwargs):
         s, n = self.stack, self.length()
+        words = self.host.ports.get((s.words_module, "out", s.name)) if s.words_module is not None else None
+        if words is not None and words.live:
+            args, kwargs = self._words(words, args, kwargs)
         past = kwargs.get("past_key_values")
         seen = _length(past)
         cached = getattr(past, "_luthier_inserted", 0) if seen else 0
@@ -627,7 +656,7 @@ class Port:
     """A place of a token stream: the input or the output of a module, with the entries that act there, in chain order."""
 
     def __init__(self, host, site):
-        self.host, self.site, self.entries, self.live, self.saved = host, site, [], [], None
+        self.host, self.site, self.entries, self.live, self.saved, self.ready = host, site, [], [], None, None
         self.handles = [site.module.register_forward_pre_hook(self.enter, with_kwargs=True) if site.layout == "in"
                         else site.module.register_forward_hook(self.leave)]
 
@@ -652,6 +681,9 @@ class Port:
         stack = self.host.run(self.site.stack)
         if stack is not None and stack.stack.embed == "ids" and module is stack.stack.embed_module:
             return None                                     # a decoder's embedding is run by its stack
+        if stack is not None and module is stack.stack.words_module:
+            ready, self.ready = self.ready, None            # as are texts; None: it is the stack that asks
+            return ready
         if isinstance(out, tuple):
             return (self.through(out[0]), *out[1:])
         if torch.is_tensor(out):

@@ -188,7 +188,7 @@ class Merged:
 
     def _init(self, step, s, rows):
         def init():
-            return call(step.method, "init", site=s, seen=None, rows=rows)
+            return call(step.method, "init", site=s, seen=None, rows=rows, model=self.todo.model)
         kind = f"{step.number}:{type(step.method).__name__}"
         made = init() if self.state is None else self.state(f"{kind}@{s.name}".replace(".", "/"), init)
         if made is None:

@@ -4,7 +4,7 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
 
     observe(x[, g])          additive statistic of a weight site's input x: (N, d_in) [and output gradient g: (N, d_out), one
                              sample at a time]; over calibration batches, at the sites of `watch`
-    init(site, seen)         state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it;
+    init(site, seen, model)  state at one site: Parameter trains, Tensor is frozen, site.fixed(...) is recomputed; None skips it;
                              seen: the statistic of this site, or {site name: statistic} of the watched ones; with `rows`,
                              a slice: the state for site.part(rows) alone, and weight() is then given no more of W and b (so a
                              merged model can be written a few rows at a time: see luthier.merging)
@@ -19,7 +19,8 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     attend(a, p)             change of an attention core, Attention -> Attention (or the output itself, a Tensor)
     loss(run)                extra training term
     step(run)                schedule, after every optimizer step while the gradients are still there
-    produce(ctx, p)          state produced from a context, laid over p
+    produce(ctx, p)          state produced from a context, laid over p: tuned.context, and what the model itself offers in the
+                             running forward as its attribute `context`, a dict (a classifier by names: {"image": its features})
 """
 
 import ast
@@ -151,7 +152,7 @@ class Chain(tuple):
         return Chain((other,)) >> self
 
     def __repr__(self):
-        return " >> ".join(map(repr, self))
+        return " >> ".join(map(repr, self)) or "none"       # the model as it is: zero-shot, a baseline beside those that train
 
 
 # -- the registry ---------------------------------------------------------------------------------------------
@@ -252,6 +253,8 @@ def tree(text):
 def _chain(node, text):
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
         return _chain(node.left, text) >> _chain(node.right, text)
+    if isinstance(node, ast.Name) and node.id == "none":
+        return Chain(())
     made = declared(node, text, lookup)
     return made if isinstance(made, Chain) else Chain((made,))
 

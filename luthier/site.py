@@ -35,6 +35,7 @@ class Stack:
     embed: str = "out"               # "ids": embed_module is called on ids inside module.forward | "out": its output is the
     embed_module: nn.Module | None = None       # stream | "in": no such module, the stream begins as the first block's input
     final_module: nn.Module | None = None       # None: the last block's output
+    words_module: nn.Module | None = None       # looks tokens up before positions are added (dual encoders' text): site "words"
     blocks: tuple = ()               # the block modules, in order
     dim: int = 0
     rope: bool = False

@@ -98,8 +98,14 @@ class Tokens:
         spans = {k: (left(a), left(b)) for k, (a, b) in self.spans.items() if k != name}
         return replace(t, spans=spans, group=group, keymask=keymask, fixed=left(self.fixed))
 
+    def times(self, n):
+        """n copies of all rows, one after the other: (n B, T, D)."""
+        keymask = self.keymask if self.keymask is None else self.keymask.repeat(n, 1)
+        t = replace(self, h=self.h.repeat(n, 1, 1), lanes={k: v.repeat(n, 1, 1) for k, v in self.lanes.items()})
+        return replace(t, keymask=keymask, group=None)
+
     def keep(self, index):
-        """index: (B, k), ascending: only these tokens stay."""
+        """index: (B, k): only these tokens stay, in this order."""
         T = self.h.shape[1]
         t = self._map(lambda v: v.gather(1, _wide(index, v)))
         place = torch.full((len(index), T), -1, device=index.device)

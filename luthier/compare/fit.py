@@ -56,4 +56,6 @@ def _entries(tuned, module):
 def fit(task, chain, *, seed=0, batch_size=32, **training):
     """-> (tuned, history); the keyword arguments are luthier.train.train's."""
     tuned = ready(task, chain, seed, batch_size)
+    if not tuned.chain:                              # `none`: what the model can do without any tuning
+        return tuned.eval(), {"loss": [], "steps": 0, "seconds": 0.0}
     return tuned, train(tuned, task, seed=seed, batch_size=batch_size, **training)

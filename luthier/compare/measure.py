@@ -32,6 +32,10 @@ class Meter:
 
     def _step(self, tuned):
         """A function that does one whole train step."""
+        if not tuned.chain:                                # nothing trains: a step is a look at the batch
+            step = torch.no_grad()(lambda: self.task.logits(tuned, self.batch))
+            step.holds = lambda: [*tuned.parameters(), *tuned.buffers(), *self.batch.values()]
+            return step
         tuned.train()
         tuned.total_steps = 1000
         optimizer = torch.optim.AdamW([p for _, p in tuned.trainable()], lr=1e-5)
