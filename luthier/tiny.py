@@ -47,6 +47,22 @@ def _clip(t):                            # two towers
                                     vision_config=dict(**both, **PIXELS)))
 
 
+def _named(t):                           # two towers as a classifier by names; every word of them is one token
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    from .tasks.dual import Named
+    words = ("<unk> <pad> <s> </s> a photo of . red blue round flat slow quick green yellow purple orange cyan white "
+             "circle square triangle diamond cross small large").split()
+    made = Tokenizer(models.WordLevel(dict(zip(words, range(64), strict=False)), unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    tokens = t.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+                                       eos_token="</s>", model_input_names=["input_ids", "attention_mask"])
+    pairs = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    parts = dict(attributes=["red", "blue"], objects=["round", "flat"], pairs=pairs)
+    return Named(_clip(t), tokens, [f"{parts['attributes'][a]} {parts['objects'][o]}" for a, o in pairs], parts=parts)
+
+
 def _resnet(t):                          # convolutions
     return t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1],
                                                          layer_type="basic", hidden_act="gelu",
@@ -59,7 +75,7 @@ def _bridged(t):                         # a vision model, a connector and a dec
     return bridge(_vit(t).vit, _llama(t), "limber(dropout=0.0)")
 
 
-MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, resnet=_resnet,
+MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, named=_named, resnet=_resnet,
               bridged=_bridged)
 
 
@@ -92,7 +108,7 @@ def batch(name, dtype=torch.float32, seed=1):
     ids[:, -1] = 3                         # CLIP reads its text at the end token
     mask = torch.ones_like(ids)
     mask[0, :4] = 0                        # left padding, as decoders generate with
-    if name in ("vit", "dinov2", "resnet"):
+    if name in ("vit", "dinov2", "named", "resnet"):
         return dict(pixel_values=pixels)
     if name == "clip":
         return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))

@@ -15,12 +15,14 @@ from .headed import Headed
 from .image import ImageClassification
 from .imagetext import ImageToText
 from .lm import CausalLM, Instruction
+from .names import ClassNames
+from .retrieval import Retrieval
 from .source import find, known
 
 __all__ = ["KINDS", "Headed", "Task", "known", "open", "restore"]
 
-KINDS = {c.kind: c for c in (TextClassification, TokenClassification, ImageClassification, CausalLM, Instruction, Regression,
-                             ImageToText)}
+KINDS = {c.kind: c for c in (TextClassification, TokenClassification, ImageClassification, ClassNames, Retrieval, CausalLM,
+                             Instruction, Regression, ImageToText)}
 
 
 def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric=None, tokenizer=None, **options):
@@ -29,20 +31,22 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
 
     model    what it is for: a zoo name, folder, hub id, timm:NAME, or a module (then give `tokenizer` for text)
     task     its kind, when the guess is wrong: text-classification, token-classification, image-classification, causal-lm,
-             instruction, regression, image-to-text
-    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response, task; "a + b" joins
-             columns
+             instruction, regression, image-to-text, and for dual encoders such as CLIP class-names and image-text-retrieval
+    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response, task, caption,
+             attribute, object, domain; "a + b" joins columns
     limit    at most this many rows (blocks for causal-lm) a split, or {split: number}; drawn with `seed`, classes in proportion
     seed     of every split and sample that the data does not fix itself
-    options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py)
+    options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py), template (of a class's
+             text, with {} for its name), shots (training rows a class)
     """
-    known_options = ("max_length", "image_size", "pool")
+    known_options = ("max_length", "image_size", "pool", "template", "shots")
     for key, value in options.items():
         if key not in known_options:
             raise BadData(f"There is no option {key!r}. {_roles.nearest(key, known_options)} Options: "
                           f"{', '.join(known_options)}.")
-        if key != "pool" and value is not None and (not isinstance(value, int) or value < 2):
-            raise BadData(f"{key}={value!r} must be a whole number of at least 2.")
+        least = 1 if key == "shots" else 2
+        if key not in ("pool", "template") and value is not None and (not isinstance(value, int) or value < least):
+            raise BadData(f"{key}={value!r} must be a whole number of at least {least}.")
     for n in limit.values() if isinstance(limit, dict) else [limit]:
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 2):
             raise BadData(f"limit={n!r} must be a whole number of at least 2.")

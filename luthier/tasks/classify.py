@@ -28,7 +28,8 @@ def label(value):
 class Labelled(Task):
     """Tasks with one class an example."""
     metrics = ("accuracy", "macro_f1", "matthews")
-    labels = ()
+    labels, old = (), 0                              # old: how many of the labels stand in training rows; these come first
+    grows = False                                    # whether other splits may bring classes of their own
 
     def strata(self, table):
         return [label(v) if v not in (None, "") else "" for v in self.column(table, "label")]
@@ -45,6 +46,10 @@ class Labelled(Task):
             raise BadData(f"{train.source}: every training row has the label {self.labels[0]!r} (column "
                           f"{self.roles['label']!r}). Add rows "
                           "of a second class, or name another column with columns={\"label\": ...}.")
+        self.old = len(self.labels)
+        if self.grows:
+            every = {label(v) for table in self.tables.values() for v in self.column(table, "label")}
+            self.labels = [*self.labels, *names_of(every - set(self.labels))]
         known = set(self.labels)
         for table in self.tables.values():
             for i, value in enumerate(map(label, self.column(table, "label"))):

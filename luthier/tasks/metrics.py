@@ -3,6 +3,8 @@
 import math
 import re
 
+import torch
+
 from ..errors import BadData
 
 
@@ -48,6 +50,31 @@ def mae(predicted, truth):
 
 def perplexity(nll, tokens):
     return math.exp(min(nll / tokens, 700.0))        # exp overflows a float beyond 709
+
+
+def swept(scores, truth, n):
+    """{"seen", "unseen", "best_harmonic", "auc"} of scores (N, C) of which the first n classes are old: a bias b on the new ones
+    is swept over every value at which a prediction changes. The curve is (right among new, right among old), its area exact."""
+    (s, old), (u, new) = scores[:, :n].double().max(1), scores[:, n:].double().max(1)
+    gap, is_old = s - u, truth < n                   # new is said where b > gap
+    right = torch.where(is_old, old == truth, new + n == truth)
+    order = gap.argsort()
+    gap, is_old, right = gap[order], is_old[order], right[order].double()
+    # after the k smallest gaps have gone over to the new classes
+    seen = ((right * is_old).sum() - (right * is_old).cumsum(0)) / is_old.sum()
+    unseen = (right * ~is_old).cumsum(0) / (~is_old).sum()
+    at = [k for k, ends in enumerate([*gap.diff().ne(0).tolist(), True]) if ends]       # equal gaps go over together
+    y = [float((right * is_old).sum() / is_old.sum()), *seen[at].tolist()]
+    x = [0.0, *unseen[at].tolist()]
+    area = sum((b - a) * (p + q) / 2 for a, b, p, q in zip(x, x[1:], y, y[1:], strict=False))
+    best = max(range(len(x)), key=lambda k: x[k] * y[k] / max(x[k] + y[k], 1e-12))
+    return {"seen": y[best], "unseen": x[best], "best_harmonic": 2 * x[best] * y[best] / max(x[best] + y[best], 1e-12), "auc": area}
+
+
+def recall(similarity, match, at):
+    """Share of rows among whose `at` most similar columns there is one that matches; similarity, match: (N, M)."""
+    best = similarity.topk(min(at, similarity.shape[1]), dim=1).indices
+    return match.gather(1, best).any(1).double().mean().item()
 
 
 # -- of generated texts: what was said, and for each the answers that are right

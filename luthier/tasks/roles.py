@@ -10,6 +10,8 @@ from ..errors import BadData, nearest
 KINDS = {            # task kind -> (roles it needs, roles it may have)
     "image-classification": (("image", "label"), ()),
     "image-to-text": (("image", "response"), ("prompt", "task")),
+    "class-names": (("image",), ("label", "attribute", "object", "domain")),
+    "image-text-retrieval": (("image", "caption"), ()),
     "token-classification": (("tokens", "tags"), ()),
     "text-classification": (("text", "label"), ("text_pair",)),
     "regression": (("text", "target"), ("text_pair",)),
@@ -26,6 +28,10 @@ NAMES = {            # role -> column names that mean it, likeliest first
     "text": "text sentence sentence1 premise question1 review content utterance tweet comment message document body context "
             "query "
             "question title description",
+    "caption": "caption captions text sentence description",
+    "attribute": "attribute attr state",
+    "object": "object obj noun",
+    "domain": "domain style environment",
     "text_pair": "text_pair sentence2 hypothesis question2 text2 text_b passage",
     "prompt": "prompt instruction question problem input source src dialogue document article mr java",
     "response": "response output answer answers caption captions completion solution canonical_solution target tgt summary "
@@ -131,7 +137,7 @@ def _fill(kind, columns, given, forced, by_name):
     for role in sorted(need + may, key=lambda r: r in ("text", "text_pair")):        # the pickiest roles choose first
         free = [c for c in columns if c not in {p for n in roles.values() for p in parts(n)}]
         if role not in roles:
-            name = _pick(role, {c: columns[c] for c in free}, forced, by_name, kind == "image-to-text")
+            name = _pick(role, {c: columns[c] for c in free}, forced, by_name or role not in need, kind == "image-to-text")
             if name is None and role in need:
                 return role
             if name is not None:
@@ -148,7 +154,8 @@ def _pick(role, columns, forced, by_name, said=False):
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
         "text": is_text, "text_pair": is_text, "prompt": is_text, "task": is_class,
-        "response": (lambda v: True) if said else is_text,
+        "response": (lambda v: True) if said else is_text, "caption": lambda v: is_text(v) or is_list(v),
+        "attribute": is_class, "object": is_class, "domain": is_class,
     }[role]
     low = {c.lower().replace("-", "_").replace(" ", "_"): c for c in columns if isinstance(c, str)}
     named = [low[n] for n in NAMES[role] if n in low and fits(columns[low[n]])]
@@ -160,7 +167,7 @@ def _pick(role, columns, forced, by_name, said=False):
         return named[0]
     if by_name and role in ("label", "target"):
         return None
-    if role in ("image", "tokens", "tags", "label", "target", "text"):
+    if role in ("image", "tokens", "tags", "label", "target", "text", "caption"):
         able = [c for c, v in columns.items() if fits(v) and not (role == "target" and _ID.search(c))]
         if role == "text":                                           # the longest text, not a code
             return max((c for c in able if forced or not is_class(columns[c]) and not mostly_numbers(columns[c])), default=None,

@@ -1,0 +1,109 @@
+"""A dual encoder as a classifier by the names of its classes.
+
+    logits(x) = exp(s) cos(f(x), g(t_c)) [+ b],    t_c = template with the name of class c in it
+
+f and g are the image and text towers with their projections (CLIP 2103.00020 §3.1.4; SigLIP adds a bias). What the towers do in a
+forward is on offer to methods as the context: functions that compute each part once, in whatever order they are asked for.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import BadData, DoesNotFit
+from .headed import Output
+
+
+def is_dual(model):
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+
+
+class Named(nn.Module):
+    """names: class names; the first `old` of them are those that training rows show. parts: for each class the numbers of its
+    attribute and its object, and the words for them, where names are made of such pairs."""
+
+    def __init__(self, dual, tokenizer, names, template="a photo of a {}.", old=None, parts=None):
+        super().__init__()
+        self.dual, self.context, self.names, self.old = dual, {}, tuple(names), old or len(names)
+        self.logit_scale = dual.logit_scale          # the very same Parameter: read here, so that methods can reach it here
+        self.logit_bias = getattr(dual, "logit_bias", None)
+        self.parts, self.tokenizer, self.most = parts, tokenizer, _positions(dual)
+        ids, mask, self.spans = encode(tokenizer, [template.format(n) for n in names], self.most,
+                                       [(template.index("{}"), template.index("{}") + len(n)) for n in names])
+        self.register_buffer("texts", ids, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+
+    @property
+    def config(self):
+        return self.dual.config
+
+    @property
+    def width(self):
+        """Of the features: d."""
+        return getattr(self.config, "projection_dim", None) or self.config.vision_config.hidden_size
+
+    def images(self, pixel_values):
+        """(B, 3, H, W) -> unit vectors (B, d)."""
+        pixel_values = pixel_values.to(next(self.dual.parameters()).dtype)
+        return F.normalize(_vector(self.dual.get_image_features(pixel_values=pixel_values)), dim=-1)
+
+    def speak(self):
+        """Unit vectors of the texts, (C, d), or (B C, d) where a method made texts of its own for each image."""
+        n = self.old if self.training else len(self.texts)
+        mask = {} if self.mask is None else {"attention_mask": self.mask[:n]}
+        return F.normalize(_vector(self.dual.get_text_features(input_ids=self.texts[:n], **mask)), dim=-1)
+
+    def forward(self, pixel_values, labels=None):
+        self.context.update(image=_once("image", lambda: self.images(pixel_values)), texts=_once("texts", self.speak))
+        try:
+            x, t = self.context["image"](), self.context["texts"]()
+        finally:
+            self.context.clear()
+        n = self.old if self.training else len(self.texts)
+        y = x @ t.T if len(t) == n else torch.einsum("bd,bcd->bc", x, t.unflatten(0, (len(x), n)))
+        logits = self.logit_scale.exp() * y
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return Output(None if labels is None else F.cross_entropy(logits.float(), labels), logits)
+
+
+def _vector(out):
+    """Features of either form: a tensor, or what transformers 5 returns."""
+    return getattr(out, "pooler_output", out)
+
+
+def _positions(dual):
+    config = getattr(dual.config, "text_config", None) or dual.config
+    return getattr(config, "max_position_embeddings", 10**6)
+
+
+def _once(what, make):
+    """make(), computed when first asked for; one that asks for itself on the way is refused."""
+    found = []
+
+    def get():
+        if not found:
+            found.append(None)
+            found[0] = make()
+        if found[0] is None:
+            raise DoesNotFit(f"Two methods wait for each other: the {what} features depend on themselves. Leave one of them out.")
+        return found[0]
+    return get
+
+
+def encode(tokenizer, texts, most, chars=None):
+    """-> ids (N, T), mask (N, T) or None, and for each text the tokens (start, stop) that hold its characters chars[i].
+    Models whose tokenizers know no mask (SigLIP) are given texts padded to the last position, as they were trained."""
+    masked = "attention_mask" in tokenizer.model_input_names
+    found = tokenizer(texts, padding=True if masked else "max_length", return_offsets_mapping=True, return_tensors="pt",
+                      **({} if masked else {"max_length": most, "truncation": True}))
+    ids = found["input_ids"]
+    if ids.shape[1] > most:
+        worst = max(texts, key=lambda t: len(tokenizer(t)["input_ids"]))
+        raise BadData(f"{worst[:80]!r} is {ids.shape[1]} tokens long, and the model reads {most}. Shorten it.")
+    spans = []
+    for i, (start, stop) in enumerate(chars or ()):
+        at = [k for k, (a, b) in enumerate(found["offset_mapping"][i].tolist()) if b > a and b > start and a < stop]
+        if not at:
+            raise BadData(f"The tokenizer finds no token for the name in {texts[i]!r}. Give the class another name.")
+        spans.append((at[0], at[-1] + 1))
+    return ids, found["attention_mask"] if masked else None, tuple(spans)

@@ -1,0 +1,152 @@
+"""Image classification by the names of the classes, with a dual encoder (CLIP, SigLIP): no new head. Untrained (`none`) it is
+zero-shot. Classes that only the test part shows are *new* ones:
+
+  base, new, harmonic   accuracy of the old classes among themselves, of the new ones among themselves, and 2ab / (a + b)
+                        (CoCoOp 2203.05557 §4.1)
+  seen, unseen, auc     all classes together: a bias is added to the scores of new classes and swept over all values; the area
+                        under (accuracy on new, accuracy on old), and both accuracies at the bias of their best harmonic mean
+                        (Chao et al. 1605.04253 §3.3; the accuracies that CSP 2204.03574 §5 reports)
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .. import zoo
+from ..errors import BadData, DoesNotFit
+from . import metrics
+from .classify import label
+from .dual import Named, encode, is_dual
+from .image import ImageClassification
+
+TEMPLATE = "a photo of a {}."
+
+
+class ClassNames(ImageClassification):
+    kind = "class-names"
+    reads = ("vision-language",)
+    metrics = ("accuracy", "macro_f1", "harmonic", "auc")
+    grows = True
+    parts = None
+
+    @property
+    def template(self):
+        return self.options.get("template") or TEMPLATE
+
+    def fill(self, data, seed, limit):
+        if self.template.count("{}") != 1 or "{" in self.template.replace("{}", ""):
+            raise BadData(f"template={self.template!r}: a template holds {{}} once, where the name goes, as in {TEMPLATE!r}.")
+        if "label" not in self.roles:
+            if not {"attribute", "object"} <= self.roles.keys():
+                raise BadData(f"{data.source}: class-names needs a column for label, or one for attribute and one for object. Say "
+                              "which is which with columns={...}.")
+            for table in data.splits.values():
+                pairs = zip(self.column(table, "attribute"), self.column(table, "object"), strict=True)
+                table.columns["label"] = [f"{a} {o}" for a, o in pairs]
+            self.roles["label"] = "label"
+        return super().fill(data, seed, limit)
+
+    def learn(self, data):
+        super().learn(data)
+        if {"attribute", "object"} <= self.roles.keys():
+            self.parts = self._parts()
+            self.shown = [f"{self.parts['attributes'][a]} {self.parts['objects'][o]}" for a, o in self.parts["pairs"]]
+        self.shown, known = [clean(n) for n in self.shown], {}
+        for name, given in zip(self.shown, self.labels, strict=True):
+            other = known.setdefault(name, given)
+            if other != given:
+                raise BadData(f"{data.source}: the classes {other!r} and {given!r} have one name, {name!r}. Rename or merge one.")
+        if self.origin:
+            self._tellable(data)
+        if self.metric in ("harmonic", "auc") and self.old == len(self.labels):
+            raise BadData(f"{data.source}: metric={self.metric!r} compares classes that training shows with others, and the test "
+                          "part has no others. Use accuracy.")
+
+    def _tellable(self, data):
+        """Names that are different texts may still be the same tokens."""
+        ids, _, _ = encode(self.tokenizer, [self.template.format(n) for n in self.shown], self.origin.longest)
+        seen = {}
+        for i, row in enumerate(map(tuple, ids.tolist())):
+            if (other := seen.setdefault(row, i)) != i:
+                raise BadData(f"{data.source}: to this model's tokenizer the names {self.shown[other]!r} and {self.shown[i]!r} are "
+                              "the same. Rename one.")
+
+    def _parts(self):
+        """{"attributes", "objects": words, "pairs": their numbers for each class}."""
+        found = {}
+        for table in self.tables.values():
+            for name, *pair in zip(*(self.column(table, r) for r in ("label", "attribute", "object")), strict=True):
+                found[label(name)] = tuple(clean(str(v)) for v in pair)
+        words = [sorted({p[k] for p in found.values()}) for k in (0, 1)]
+        pairs = [[w.index(v) for w, v in zip(words, found[n], strict=True)] for n in self.labels]
+        return {"attributes": words[0], "objects": words[1], "pairs": pairs}
+
+    def limit(self, name, most, seed):
+        shots = self.options.get("shots")
+        if shots and name != "test":                 # as in CoOp's runs, validation has at most four a class
+            self.tables[name] = few(self.tables[name], self.strata(self.tables[name]), shots if name == "train" else min(shots, 4),
+                                    seed, self.notes, name)
+        super().limit(name, most, seed)
+
+    def build(self, seed=0, dtype=None):
+        if self.model is None:
+            raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"tiny-clip\".")
+        dual = zoo.load(self.model, dtype)
+        if not is_dual(dual):
+            raise DoesNotFit(f"{self.origin.ref} is no dual encoder: it gives no image and text features to compare. Use CLIP or "
+                             "SigLIP, in the zoo tiny-clip, or task=\"image-classification\".")
+        model = Named(dual, self.tokenizer, self.shown, self.template, self.old, self.parts)
+        model.luthier_origin = self.origin
+        return model.eval()
+
+    def loss(self, model, batch):
+        labels, logits = batch["labels"], self.logits(model, batch)
+        return F.cross_entropy(logits, labels.to(logits.device))
+
+    def score(self, model, examples, batch_size):
+        index, found = [], []
+        for part, _, logits in self.outcomes(model, examples, batch_size):
+            index += part
+            found.append(logits.cpu())
+        logits, truth = torch.cat(found), torch.tensor([examples.targets[i] for i in index])
+        said, n = logits.argmax(1), self.old
+        scores = {"accuracy": metrics.accuracy(said, truth), "macro_f1": metrics.macro_f1(said, truth, len(self.labels))}
+        if 0 < int((truth < n).sum()) < len(truth):
+            old, fresh = truth < n, truth >= n
+            a = metrics.accuracy(logits[old, :n].argmax(1), truth[old])
+            b = metrics.accuracy(n + logits[fresh, n:].argmax(1), truth[fresh])
+            scores |= {"base": a, "new": b, "harmonic": 2 * a * b / max(a + b, 1e-12)} | metrics.swept(logits, truth, n)
+        if examples.domains:
+            where = [examples.domains[i] for i in index]
+            scores |= {f"accuracy_{d}": metrics.accuracy(said[at], truth[at]) for d in dict.fromkeys(where)
+                       if (at := torch.tensor([w == d for w in where])) is not None}
+        if self.metric not in scores:                # a part without new classes, such as the validation part
+            scores[self.metric] = scores["accuracy"]
+        return scores | {"loss": F.cross_entropy(logits, truth).item(), "n": len(truth)}
+
+    def examples(self, split):
+        images = super().examples(split)
+        images.domains = list(self.column(self.tables[split], "domain")) if "domain" in self.roles else None
+        return images
+
+    def facts(self):
+        return super().facts() | {"template": self.template, "old_classes": self.old}
+
+    def state(self):
+        return super().state() | {"old": self.old, "parts": self.parts}
+
+
+def clean(name):
+    """A folder's or column's word for a class as one would write it: red_circle -> red circle."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def few(table, labels, shots, seed, notes, name):
+    """At most `shots` rows of each class, drawn with a seed of their own."""
+    order, left, kept = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist(), {}, []
+    for i in order:
+        if left.setdefault(labels[i], shots):
+            left[labels[i]] -= 1
+            kept.append(i)
+    short = sum(n > 0 for n in left.values())
+    notes.append(f"{name}: {len(kept):,} rows, {shots} a class" + (f"; {short} classes have fewer" if short else ""))
+    return table.take(sorted(kept))
