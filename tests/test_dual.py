@@ -1,0 +1,390 @@
+"""Dual encoders: classification by names, retrieval, and the methods that learn words, against plain implementations by hand."""
+
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from luthier import attach, tasks, tiny
+from luthier.check import jiggle
+from luthier.compare import compare
+from luthier.errors import BadData, DoesNotFit
+from luthier.method import parse
+from luthier.site import sites
+from luthier.tasks import metrics
+from luthier.tasks.dual import Named
+
+WORDS = "<unk> <pad> <s> </s> a photo of . red blue round flat slow quick"
+
+
+def model(names=None, template="a photo of a {}.", **more):
+    """The tiny classifier by names, also with other names and templates. Its words are those above."""
+    m = tiny.build("named")
+    return m if names is None else Named(m.dual, m.tokenizer, names, template, **more).eval()
+
+
+def pixels(n=3, seed=4):
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(m, text):
+    return [2, *(WORDS.split().index(w) for w in text.split()), 3]
+
+
+def speak(m, rows, ends):
+    """Unit text features by hand. rows: word vectors (T, D) of each text; ends: where its end token stands."""
+    text, found = m.dual.text_model, []
+    for h, end in zip(rows, ends, strict=True):
+        h = h[None] + text.embeddings.position_embedding.weight[:h.shape[0]]
+        mask = torch.full((h.shape[1], h.shape[1]), -torch.inf).triu(1)[None, None]
+        for layer in text.encoder.layers:
+            h = layer(h, mask)
+            h = h[0] if isinstance(h, tuple) else h
+        found.append(m.dual.text_projection(text.final_layer_norm(h)[0, end]))
+    return F.normalize(torch.stack(found), dim=-1)
+
+
+def look(m, x):
+    return F.normalize(m.dual.visual_projection(m.dual.vision_model(x).pooler_output), dim=-1)
+
+
+def look_up(m, tokens):
+    return m.dual.text_model.embeddings.token_embedding.weight[torch.tensor(tokens)]
+
+
+def agree(a, b):
+    assert torch.allclose(a, b, atol=2e-5), f"off by {(a - b).abs().max():.1e}"
+
+
+# -- the classifier itself ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_zero_shot_by_hand():
+    m, x = model(["red flat", "slow quick round"]), pixels()
+    texts = [ids(m, f"a photo of a {n} .") for n in m.names]
+    t = speak(m, [look_up(m, t) for t in texts], [len(t) - 1 for t in texts])
+    agree(m(x).logits, m.dual.logit_scale.exp() * look(m, x) @ t.T)
+    assert m.spans == ((5, 7), (5, 8)) and m(x, torch.tensor([0, 1, 0])).loss.ndim == 0
+
+
+def test_names_must_have_tokens_and_fit():
+    with pytest.raises(BadData, match="finds no token"):
+        model(["", "red"])
+    with pytest.raises(BadData, match="tokens long"):
+        model(["red " * 80, "blue"])
+
+
+# -- CoOp -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("middle", [False, True])
+def test_coop_by_hand(own, middle):
+    m, x, names = model(["red flat", "slow quick round"]), pixels(), ["red flat", "slow quick round"]
+    tuned = jiggle(attach(m, f"coop(n=3, own={own}, middle={middle})"))
+    v, = (p for n, p in tuned.trainable())
+    assert v.shape == ((2, 3, 32) if own else (3, 32))
+    rows, ends = [], []
+    for c, name in enumerate(names):
+        word, v_c = look_up(m, ids(m, name)[1:-1]), v[c] if own else v
+        start, dot, end = look_up(m, [2]), look_up(m, [WORDS.split().index(".")]), look_up(m, [3])
+        half = 1 if middle else 3
+        rows.append(torch.cat([start, v_c[:half], word, v_c[half:], dot, end]))
+        ends.append(len(rows[-1]) - 1)
+    agree(tuned(pixel_values=x).logits, m.dual.logit_scale.exp() * look(m, x) @ speak(m, rows, ends).T)
+
+
+@torch.no_grad()
+def test_coop_that_starts_from_words_starts_as_zero_shot():
+    m, x = model(), pixels()
+    zero = m(x).logits
+    tuned = attach(m, 'coop(words="a photo of a")')
+    assert sum(p.numel() for _, p in tuned.trainable()) == 4 * 32
+    agree(tuned(pixel_values=x).logits, zero)
+    assert not torch.allclose(jiggle(tuned)(pixel_values=x).logits, zero)
+    with pytest.raises(DoesNotFit, match="brings no tokenizer"):
+        attach(tiny.build("clip"), 'coop(words="a photo of a")')
+
+
+def test_a_context_for_each_class_knows_no_other():
+    with pytest.raises(DoesNotFit, match="has a context for each class"):
+        attach(model(["red", "blue", "flat"], old=2), "coop(own=True)")
+    with pytest.raises(DoesNotFit, match="64 positions"):
+        attach(model(), "coop(n=60)")(pixel_values=pixels())
+
+
+def test_training_leaves_clip_as_it_was_to_the_bit():
+    m, x, y = model(), pixels(4), torch.arange(4)
+
+    def digest():
+        return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in m.state_dict().values())).hexdigest()
+    before = digest()
+    for chain in ("coop(n=3)", "cocoop(n=2, reduce=4)", "csp(dropout=0.3)"):
+        tuned = attach(m, chain).train()
+        optimizer = torch.optim.SGD([p for _, p in tuned.trainable()], lr=0.1)
+        losses = []
+        for _ in range(12):
+            loss = F.cross_entropy(tuned(pixel_values=x).logits, y)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0] and all(p.grad is None for p in m.parameters())
+        tuned.detach()
+    assert digest() == before
+
+
+# -- CoCoOp ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cocoop_by_hand_one_image_at_a_time():
+    m, x, names = model(["red flat", "slow quick round"]), pixels(), ["red flat", "slow quick round"]
+    tuned = jiggle(attach(m, "cocoop(n=3, reduce=4)"))
+    p = dict(zip(("P", "W1", "b1", "W2", "b2"), (q for _, q in tuned.trainable()), strict=True))
+    assert p["W1"].shape == (4, 16) and p["W2"].shape == (32, 4)
+    want = []
+    for f in look(m, x):
+        v = p["P"] + p["W2"] @ torch.relu(p["W1"] @ f + p["b1"]) + p["b2"]
+        rows = [torch.cat([look_up(m, [2]), v, look_up(m, [*ids(m, n)[1:-1], 7, 3])]) for n in names]
+        want.append(m.dual.logit_scale.exp() * f @ speak(m, rows, [len(r) - 1 for r in rows]).T)
+    agree(tuned(pixel_values=x).logits, torch.stack(want))
+
+
+@torch.no_grad()
+def test_cocoop_without_its_net_is_coop():
+    x, m = pixels(), model()
+    a, b = attach(m, "coop(n=3)"), attach(model(), "cocoop(n=3, reduce=4)")
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(a.trainable(), b.trainable(), strict=False))     # one draw
+    for (n, p) in b.trainable():
+        if n.endswith(("W2", "b2")):
+            p.zero_()
+    agree(b(pixel_values=x).logits, a(pixel_values=x).logits)
+    for i in range(3):                                   # the same products, so the same bits
+        assert torch.equal(b(pixel_values=x[i:i + 1]).logits, a(pixel_values=x[i:i + 1]).logits)
+
+
+def test_cocoop_needs_the_image():
+    with pytest.raises(DoesNotFit, match="image features"):
+        attach(tiny.build("clip"), "cocoop()")
+
+
+# -- CSP ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_csp_by_hand():
+    """A word of several tokens becomes one; the second pair is never trained, and changes with its parts."""
+    parts = dict(attributes=["red", "slow quick"], objects=["flat", "round"], pairs=[[0, 0], [1, 1], [1, 0]])
+    names = ["red flat", "slow quick round", "slow quick flat"]
+    m, x = model(names, parts=parts, old=2), pixels()
+    tuned = attach(m, "csp()")
+    (A, O), table = (p for _, p in tuned.trainable()), m.dual.text_model.embeddings.token_embedding.weight
+    agree(A, torch.stack([table[8], (table[12] + table[13]) / 2]))
+    assert sum(p.numel() for _, p in tuned.trainable()) == (2 + 2) * 32
+    jiggle(tuned)
+    rows = [torch.cat([look_up(m, [2, 4, 5, 6, 4]), A[a][None], O[o][None], look_up(m, [7, 3])]) for a, o in parts["pairs"]]
+    agree(tuned(pixel_values=x).logits, m.dual.logit_scale.exp() * look(m, x) @ speak(m, rows, [8, 8, 8]).T)
+    with pytest.raises(DoesNotFit, match="knows no such pairs"):
+        attach(model(["red", "blue"]), "csp()")
+
+
+def test_csp_drops_out_while_it_trains():
+    m, x = model(), pixels()
+    tuned = attach(m, "csp(dropout=0.5)").train()
+    a, b = tuned(pixel_values=x).logits, tuned(pixel_values=x).logits
+    assert not torch.equal(a, b) and torch.equal(tuned.eval()(pixel_values=x).logits, tuned(pixel_values=x).logits)
+
+
+# -- words in other towers ------------------------------------------------------------------------------------------
+
+
+def siglip(positions=16):
+    import transformers as t
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        text = dict(**tiny.WIDTH, vocab_size=64, max_position_embeddings=positions, projection_size=32, bos_token_id=2, eos_token_id=3)
+        return t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=dict(**tiny.WIDTH, **tiny.PIXELS))).eval()
+
+
+@torch.no_grad()
+def test_siglip_is_padded_to_the_end_and_gives_padding_up():
+    """Its text is read at the last of its positions, which is padding: padding takes the place of the template's words that go, and
+    gives way to what is inserted. (The tiny tokenizer begins with <s>, to SigLIP one word of the template like the others.)"""
+    m = tiny.build("named")
+    m.tokenizer.model_input_names = ["input_ids"]
+    named = Named(siglip(), m.tokenizer, ["red flat", "blue"]).eval()
+    assert named.mask is None and named.texts.shape == (2, 16)
+    x, tuned = pixels(), attach(named, "coop(n=4)")
+    v, = (p for _, p in tuned.trainable())
+    text, found = named.dual.text_model, []
+    for name in ("red flat", "blue"):
+        tokens = [WORDS.split().index(w) for w in name.split()]
+        row = torch.cat([v, text.embeddings.token_embedding(torch.tensor([*tokens, 7, 3] + [1] * 16))])[:16]
+        h = row[None] + text.embeddings.position_embedding.weight
+        for layer in text.encoder.layers:
+            h = layer(h, None)
+            h = h[0] if isinstance(h, tuple) else h
+        found.append(text.head(text.final_layer_norm(h)[:, -1]))
+    t, f = F.normalize(torch.cat(found), dim=-1), F.normalize(named.dual.get_image_features(x).pooler_output, dim=-1)
+    agree(tuned(pixel_values=x).logits, named.logit_scale.exp() * f @ t.T + named.logit_bias)
+    with pytest.raises(DoesNotFit, match="16 positions"):             # no padding is left to give up
+        attach(tuned.detach(), "coop(n=14)")(pixel_values=x)
+
+
+def test_words_come_before_positions():
+    found = sites(tiny.build("clip"))
+    assert found["text.words"].module is found["text.embed.token"].module and "vision.words" not in found.by_name
+    assert "words" not in sites(tiny.build("bert")).by_name
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CLIP of one's own: 16 pixels, and a tokenizer that knows a dozen words."""
+    path, m = tmp_path_factory.mktemp("clip"), tiny.build("named")
+    m.dual.save_pretrained(path)
+    m.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def picture(i):
+    return np.random.RandomState(i).randint(0, 255, (16, 16, 3), dtype=np.uint8)
+
+
+def arrays(labels, n=40):
+    return {"images": np.stack([picture(i) for i in range(n)]), "labels": np.array([labels[i % len(labels)] for i in range(n)])}
+
+
+def test_a_folder_of_images_by_class(tmp_path, folder):
+    for i in range(24):
+        place = tmp_path / ("red_round", "blue_flat")[i % 2]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(picture(i)).save(place / f"{i}.png")
+    task = tasks.open(tmp_path, model=folder, task="class-names", shots=3)
+    facts = task.describe()
+    assert facts["labels"] == ["blue flat", "red round"] and facts["train_counts"] == [3, 3] and facts["template"].count("{}") == 1
+    m = task.build()
+    assert isinstance(m, Named) and m.names == ("blue flat", "red round")
+    scores = task.evaluate(m)
+    assert 0 <= scores["accuracy"] <= 1 and scores["n"] == 5
+    again = tasks.restore(json.loads(json.dumps(task.spec())))
+    said = again.predict(again.build(), [picture(1), picture(2)])
+    assert said == task.predict(m, [picture(1), picture(2)]) and set(said[0]["scores"]) == {"blue flat", "red round"}
+
+
+def test_names_that_collide_are_refused(folder):
+    with pytest.raises(BadData, match="have one name, 'red round'"):
+        tasks.open(arrays(["red_round", "red round"]), model=folder, task="class-names")
+    with pytest.raises(BadData, match="tokenizer the names"):
+        tasks.open(arrays(["zebra", "okapi"]), model=folder, task="class-names")
+    with pytest.raises(BadData, match="holds {} once"):
+        tasks.open(arrays(["red", "blue"]), model=folder, task="class-names", template="a photo")
+    with pytest.raises(BadData, match="has no others"):
+        tasks.open(arrays(["red", "blue"]), model=folder, task="class-names", metric="auc")
+
+
+def test_no_dual_encoder_no_names(tmp_path):
+    import folders
+
+    with pytest.raises(BadData, match="task of class-names"):
+        tasks.open(arrays(["red", "blue"]), model=folders.vit(tmp_path / "vit"), task="class-names")
+
+
+def test_old_and_new_classes_and_domains(folder):
+    data = tasks.open("scenes:classify-base-new", model=folder, shots=2, limit={"test": 80})
+    assert data.metric == "harmonic" and data.old == 20 and len(data.labels) == 40 and data.size("train") == 40
+    m = data.build().train()
+    batch = next(data.batches("train", 8))
+    assert m(batch["pixel_values"]).logits.shape == (8, 20)            # training sees the old classes alone
+    s = data.evaluate(m)
+    assert s["harmonic"] == pytest.approx(2 * s["base"] * s["new"] / max(s["base"] + s["new"], 1e-12))
+    shift = tasks.open("scenes:classify-shift", model=folder, shots=1, limit={"test": 60})
+    s = shift.evaluate(shift.build())
+    assert {k for k in s if k.startswith("accuracy_")} == {f"accuracy_{k}" for k in tasks.source.arrays.scenes.STYLES}
+
+
+def test_pairs_of_attribute_and_object(folder, tmp_path):
+    rows = []
+    for i, (a, o) in enumerate(itertools.product(["red", "blue"], ["round", "flat"])):
+        for k in range(6):
+            if (a, o) != ("blue", "flat") or k > 3:
+                Image.fromarray(picture(10 * i + k)).save(tmp_path / f"{i}{k}.png")
+                split = "test" if k > 3 else "train"
+                rows.append((split, dict(image=f"{i}{k}.png", attribute=a, object=o)))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for s, r in rows if s == split))
+    task = tasks.open(tmp_path, model=folder, task="class-names", metric="auc")
+    m = task.build()
+    assert m.old == 3 and m.names[-1] == "blue flat" and m.parts["pairs"][-1] == [0, 0] and m.parts["attributes"] == ["blue", "red"]
+    assert {"seen", "unseen", "auc", "base", "new"} <= task.evaluate(m).keys()
+    tuned = attach(m, "csp()")
+    assert [tuple(p.shape) for _, p in tuned.trainable()] == [(2, 32), (2, 32)]
+
+
+def test_the_bias_sweep_against_trying_every_bias():
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 3):
+        scores, truth = torch.randn(40, 5, generator=g), torch.randint(0, 5, (40,), generator=g)
+        scores = (scores * 4).round() / 4                # with ties
+        curve = set()
+        gaps = scores[:, :n].max(1).values - scores[:, n:].max(1).values
+        for b in [*sorted({float(v) + 1e-4 for v in gaps}), -100.0]:
+            moved = scores.clone()
+            moved[:, n:] += b
+            said = moved.argmax(1)
+            curve.add((float((said == truth)[truth >= n].double().mean()), float((said == truth)[truth < n].double().mean())))
+        curve = sorted(curve, key=lambda p: (p[0], -p[1]))
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(curve))
+        found = metrics.swept(scores, truth, n)
+        assert found["auc"] == pytest.approx(area)
+        assert found["best_harmonic"] == pytest.approx(max(2 * a * b / max(a + b, 1e-12) for a, b in curve))
+
+
+def test_retrieval(tmp_path, folder):
+    texts = [f"a {a} {o} ." for a in ("red", "blue", "slow", "quick") for o in ("round", "flat", "photo")]
+    rows = []
+    for i in range(12):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
+        rows.append(dict(image=f"{i}.png", caption=[texts[i], texts[i] + " a"] if i % 2 else texts[i]))
+    rows[3]["caption"] = [texts[3], " "]                 # one empty caption: counted, left out
+    for split, part in (("train", rows), ("test", rows[::-1]), ("val", rows[:4])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    task = tasks.open(tmp_path, model=folder, task="image-text-retrieval")
+    assert task.size("train") == 17 and any("1 empty captions" in n for n in task.describe()["notes"])
+    m = task.build()
+    batch = next(task.batches("train", 6))
+    same = batch["labels"]
+    assert same.dtype == torch.bool and same.diagonal().all()
+    with torch.no_grad():
+        out = task.forward(m, batch)
+        y, t = out.logits_per_text, same.float()
+        want = sum(-(t / t.sum(1, keepdim=True) * z.log_softmax(1)).sum(1).mean() for z, t in ((y, t), (y.T, t.T))) / 2
+        agree(task.loss(m, batch), want)
+    s = task.evaluate(m)
+    assert s["n"] == 17 and s["recall@1"] <= s["recall@5"] <= s["recall@10"]
+    near = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    match = torch.tensor([[True, False, False], [False, True, False]])
+    assert [metrics.recall(near, match, k) for k in (1, 2)] == [0.5, 1.0]
+    with pytest.raises(BadData, match="caption"):
+        (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(r | {"caption": ""}) for r in rows))
+        tasks.open(tmp_path, model=folder, task="image-text-retrieval")
+
+
+def test_none_is_the_model_as_it_is(folder):
+    assert repr(parse("none")) == "none" and len(parse("none")) == 0
+    found = compare("scenes:classify-shape", folder, "none, coop(n=2), bitfit()", seeds=[0], epochs=1, batch_size=4, shots=1,
+                    limit={"test": 30})
+    scores = {e["job"]["chain"]: e["result"]["score"] for e in found["entries"].values() if e["job"]["kind"] == "score"}
+    task = tasks.open("scenes:classify-shape", model=folder, shots=1, limit={"test": 30})
+    assert scores["none"] == task.evaluate(task.build())["accuracy"] and set(scores) == {"none", "coop(n=2)", "bitfit()"}
