@@ -461,7 +461,7 @@ class Filler:
             for b in pool["sites"]:
                 key = f"{step.number}:{type(step.method).__name__}@{b.name}".replace(".", "/")
                 if key in self.made:
-                    self._merged(key, call(step.method, "init", site=b, seen=None, rows=slice(None)) or {})
+                    self._merged(key, call(step.method, "init", site=b, seen=None, rows=slice(None), model=base) or {})
 
     def __call__(self, key, init):
         return self._merged(key, init() or {}) if key in self.made else None

@@ -179,7 +179,7 @@ class Kind:
             pool["sites"] = [bound[s] for s in step.sites if s not in step.twins]
             for s in pool["sites"]:
                 if (step.number, s.name) in wanted:
-                    new = call(step.method, "init", site=s, seen=None, rows=slice(None))
+                    new = call(step.method, "init", site=s, seen=None, rows=slice(None), model=self.plan.model)
                     made[step.number, s.name] = {n: v.value.detach() for n, v in new.items() if isinstance(v, Fixed)}
         self.others[seed] = found = Fixings({k: made.get(k, {}) for k in self.fixed})
         return found
