@@ -15,7 +15,7 @@ from .host import Entry, Host, Owner, fetch, place
 from .method import Chain, call, parse
 from .remat import lean
 from .site import find, sites
-from .state import State, follow
+from .state import Noted, State, follow
 
 NEEDS = {"weight": "weight", "stream": "stream", "attend": "attend"}
 PATIENCE = 64                            # training forwards that a schedule may go unstepped
@@ -44,7 +44,8 @@ class Plan:
 @dataclass
 class Run:
     """What `loss` and `step` verbs see. states: site name -> p; k: optimizer steps so far; total: planned steps, or None;
-    optimizer: the one that just stepped, where `step` was given it."""
+    optimizer: the one that just stepped, where `step` was given it; outputs: of the training forward that the loss belongs to;
+    bare(): what the model without this attachment gives for the same inputs, in the same mode, without a graph."""
 
     states: dict
     k: int = 0
@@ -52,6 +53,7 @@ class Run:
     outputs: object = None
     sites: dict = field(default_factory=dict)
     optimizer: object = None
+    bare: object = None
 
 
 def base_of(model):
@@ -168,6 +170,7 @@ class Tuned(nn.Module):
         self.model, self.states = model, nn.ModuleDict()
         self.chain, self.notes, self.seed, self.k, self.total_steps = todo.chain, todo.notes, seed, 0, None
         self.stepped = self.forwards = 0
+        self._last = Noted()                                # inputs and outputs of a training forward, for methods with a loss
         self.lean = True                                    # keep recipes, not what is cheap to make again: see luthier.remat
         self._plan, self._host, self._owner, self._merged, self._gone = todo, host, owner, [], False
         others = [p for o in host.owners for p in o.states.parameters()]
@@ -319,6 +322,8 @@ class Tuned(nn.Module):
         keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed
         with nullcontext() if keep_all else lean():
             out = self.model(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and any(m.has("loss") for m in self.chain):
+            self._last.update(args=args, kwargs=kwargs, out=out)
         if self.training and getattr(out, "loss", None) is not None and any(m.has("loss") for m in self.chain):
             out["loss"] = out["loss"] + self.penalty(out)
         return out
@@ -393,11 +398,19 @@ class Tuned(nn.Module):
 
     def _run(self, number, outputs=None, optimizer=None):
         found = {s.name: s for s in self._plan.steps[number].sites}
-        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer)
+        outputs = self._last.get("out") if outputs is None else outputs
+        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer, self._bare if self._last else None)
+
+    def _bare(self):
+        with torch.no_grad(), self.off():
+            return self.model(*self._last["args"], **self._last["kwargs"])
 
     def penalty(self, outputs=None):
         """The sum of the chain's extra loss terms; 0.0 when it has none."""
-        return sum((m.loss(self._run(i, outputs)) for i, m in enumerate(self.chain) if m.has("loss")), 0.0)
+        try:
+            return sum((m.loss(self._run(i, outputs)) for i, m in enumerate(self.chain) if m.has("loss")), 0.0)
+        finally:
+            self._last.clear()
 
     def step(self, optimizer=None):
         """Advance the chain's schedules: after optimizer.step(), before zero_grad()."""
