@@ -388,3 +388,70 @@ def test_none_is_the_model_as_it_is(folder):
     scores = {e["job"]["chain"]: e["result"]["score"] for e in found["entries"].values() if e["job"]["kind"] == "score"}
     task = tasks.open("scenes:classify-shape", model=folder, shots=1, limit={"test": 30})
     assert scores["none"] == task.evaluate(task.build())["accuracy"] and set(scores) == {"none", "coop(n=2)", "bitfit()"}
+
+
+# -- R-AMT ------------------------------------------------------------------------------------------------------------
+
+
+def test_ramt_by_hand(tmp_path):
+    """Masked weights, the gradient dropout entry by entry, and at the end a bit a weight."""
+    m, x, y = model(), pixels(4), torch.arange(4)
+    zero = m(x).logits.detach()
+    tuned = attach(m, "ramt(drop=0.6, reg=0.01)")
+    assert torch.equal(tuned(pixel_values=x).logits, zero)
+    g, masks, other = torch.Generator().manual_seed(0), [p for _, p in tuned.trainable()], model()
+    vision = other.dual.vision_model
+    own = {n: w.detach() for n, w in vision.named_parameters() if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    own = {f"encoder.layers.{i}.self_attn.{k}.weight": own[f"encoder.layers.{i}.self_attn.{k}.weight"]
+           for i in (0, 1) for k in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert len(masks) == 8
+    for p in masks:
+        p.data.copy_(-0.02 * (torch.rand(p.shape, generator=g) < 0.5))
+    texts = other.speak().detach()
+
+    def plain(real):                                     # another model, with masked weights in place of its own
+        masked = {n: w * r for (n, w), r in zip(own.items(), real, strict=True)}
+        f = other.dual.visual_projection(torch.func.functional_call(vision, masked, (x,)).pooler_output)
+        return other.logit_scale.exp().detach() * F.normalize(f, dim=-1) @ texts.T
+    tuned.train()
+    torch.manual_seed(7)
+    logits = tuned(pixel_values=x).logits
+    (F.cross_entropy(logits, y) + tuned.penalty()).backward()
+    real = [((p.detach() + 0.01) > 0.005).float().requires_grad_() for p in masks]
+    said = plain(real)
+    agree(said, logits.detach())
+    a = torch.autograd.grad(F.cross_entropy(said, y), real, retain_graph=True)
+    b = torch.autograd.grad(-(zero.softmax(1) * said.log_softmax(1)).sum(1).mean(), real)
+    torch.manual_seed(7)
+    kept = 0
+    for p, ce, kl in zip(masks, a, b, strict=True):
+        v = p.detach() + 0.01
+        ce = ce + 0.01 * v / v.norm()
+        keep = (ce.sign() * (ce + kl) / (ce.abs() + kl.abs() + 1e-8) + 1) / 2 > torch.rand_like(kl)
+        want = (0.4 + 0.6 * keep) * ce
+        assert ((p.grad - want).abs() <= 1e-4 * ce.abs().max() + 1e-7).float().mean() > 0.999       # ties of P and U may differ
+        kept += keep.float().mean() / 8
+    assert 0.3 < kept < 0.98
+    tuned.total_steps = 1
+    tuned.step()
+    after = tuned.eval()(pixel_values=x).logits.detach()
+    agree(after, said.detach())
+    tuned.save(tmp_path / "bits")
+    size = (tmp_path / "bits" / "state.safetensors").stat().st_size
+    assert sum(w.numel() for w in own.values()) / 8 == 8 * 32 * 4 and size < 8 * 32 * 4 + 4000
+    from luthier import load
+
+    assert torch.equal(load(tuned.detach(), tmp_path / "bits")(pixel_values=x).logits, after)
+
+
+def test_a_loss_may_ask_what_the_bare_model_says():
+    m, x = model(), pixels()
+    tuned = jiggle(attach(m, "ramt(drop=1.0)")).train()
+    assert tuned._run(0).bare is None                    # no training forward yet
+    out = tuned(pixel_values=x).logits
+    run = tuned._run(0)
+    with tuned.off():
+        want = tuned(pixel_values=x).logits
+    assert torch.equal(run.outputs.logits, out) and torch.equal(run.bare().logits, want) and not torch.equal(out, want)
+    tuned.penalty()
+    assert tuned._run(0).bare is None                    # nothing of a step is kept behind it
