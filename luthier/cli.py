@@ -89,6 +89,8 @@ TASK = (
     arg("--max-length", type=whole(2), metavar="N", help="tokens a row"),
     arg("--image-size", type=whole(2), metavar="N", help="pixels a side"),
     arg("--pool", metavar="NAME", help="how features become one vector (cls, mean, cls+mean, last)"),
+    arg("--template", metavar="TEXT", help="class-names: the text of a class, with {} for its name (\"a photo of a {}.\")"),
+    arg("--shots", type=whole(1), metavar="N", help="class-names: training rows of each class"),
 )
 BUDGET = (
     arg("--epochs", type=whole(1), default=3, metavar="N", help="passes over the training rows (default 3)"),
@@ -98,7 +100,8 @@ BUDGET = (
 
 
 def _task_options(a):
-    found = {k: getattr(a, k) for k in ("task", "columns", "metric", "limit", "max_length", "image_size", "pool")}
+    found = {k: getattr(a, k) for k in ("task", "columns", "metric", "limit", "max_length", "image_size", "pool",
+                                       "template", "shots")}
     return {k: v for k, v in found.items() if v is not None}
 
 
@@ -436,11 +439,23 @@ def systems(a):
     _print(systems(), {"id": "id", "system": "name", "fit": "fit", "state": "state", "record": "record"}, a.json)
 
 
-@command(JSON)
+@command(arg("what", nargs="?", choices=("train",), help="train one of the zoo's own models anew"),
+         arg("name", nargs="?", metavar="NAME", help="which (tiny-clip)"),
+         arg("--out", metavar="DIR", help="with train: the folder for its files"), JSON)
 def zoo(a):
-    """the pretrained models known by short name"""
-    from .zoo import entries
+    """the pretrained models known by short name, and how those that Luthier trained itself were made
 
+    luthier zoo
+    luthier zoo train tiny-clip --out my-clip
+    """
+    from .zoo import entries, train
+
+    if a.what:
+        if not a.name or not a.out:
+            raise LuthierError("Say which model and where to: luthier zoo train tiny-clip --out DIR")
+        scores = train(a.name, a.out, say=lambda text: print(text, file=sys.stderr))
+        _print([{"zero-shot": k, "accuracy": v} for k, v in scores.items()], {"zero-shot": "zero-shot", "accuracy": "accuracy"}, a.json)
+        return
     _print(entries(), {"name": "name", "kind": "kind", "what": "what", "licence": "licence",
                        "size": lambda r: f"{r['parameters'] / 1e6:.3g}M",
                        "installed": lambda r: "yes" if r["installed"] else r["install"]}, a.json)

