@@ -20,7 +20,9 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     loss(run)                extra training term
     step(run)                schedule, after every optimizer step while the gradients are still there
     produce(ctx, p)          state produced from a context, laid over p: tuned.context, and what the model itself offers in the
-                             running forward as its attribute `context`, a dict (a classifier by names: {"image": its features})
+                             running forward as its attribute `context`, a dict (a classifier by names: {"image": its features}).
+                             A method whose state depends on the task has a field `tasks`, filled with the names of the data's
+                             tasks where it is empty; the context then names one under "task", see `chosen`
 """
 
 import ast
@@ -106,6 +108,18 @@ def _beside_weight(self, x, y, p, W, b):
 def call(method, verb, **have):
     """Run a verb with the arguments it names."""
     return getattr(method, verb)(**{n: have[n] for n in method.wants(verb)})
+
+
+def chosen(ctx, key, names):
+    """For `produce`: the place among `names` of the name that the context holds under `key`; a list of places where it holds one
+    for each row. A state that is the same for all (no names) is at 0."""
+    said = ctx.get(key) if names else None
+    for name in said if isinstance(said, list | tuple) else [said]:
+        if names and name not in names:
+            near = f"{name!r}. {nearest(name, names)}" if name is not None else "none."
+            raise UnknownName(f"This state is for the {key}s {', '.join(names)}, and the context names {near} "
+                              f"Set tuned.context = {{{key!r}: {names[0]!r}}}, or a list with one for each row.")
+    return [names.index(name) for name in said] if isinstance(said, list | tuple) else names.index(said) if names else 0
 
 
 def _fit(cls, f, value):

@@ -394,7 +394,7 @@ class _Filler:
     def _tensor(self, k, t, j, device):
         if t["shared"]:                    # one object for all its sites
             if (k, device) not in self.shared:
-                self.shared[k, device] = self._of(self.tensors[k][...].to(device), t)
+                self.shared[k, device] = self._of(self.tensors[k][...].clone().to(device), t)      # where torch would put it
             return self.shared[k, device]
         return self._of(self.tensors[k][t["of"].index(j)].clone().to(device), t)
 

@@ -1,8 +1,10 @@
 """One way of tuning, fitted once: build the model, attach the chain, train. `luthier tune` does it, and every entry here."""
 
+from dataclasses import replace
+
 from ..attach import attach, plan
 from ..errors import DoesNotFit
-from ..method import parse
+from ..method import Chain, parse
 from ..train import train
 
 WHOLE = "full()"                                 # the baseline in which everything trains
@@ -37,9 +39,15 @@ def _fresh(model):
     return set(part.modules()) if part is not None else set(), chain
 
 
+def aware(chain, task):
+    """The chain, its methods whose state depends on the task told the names of this data's tasks."""
+    names = tuple(getattr(task, "kinds", ()))
+    return Chain(replace(m, tasks=names) if names and getattr(m, "tasks", None) == () else m for m in parse(chain))
+
+
 def ready(task, chain, seed=0, batch_size=32, model=None):
     """A fresh model with the chain (and a head that trains) attached."""
-    model = task.build(seed=seed) if model is None else model
+    model, chain = task.build(seed=seed) if model is None else model, aware(chain, task)
     tuned = attach(model, dress(model, chain), Calibration(task, batch_size, seed), seed=seed, loss=task.loss)
     fresh, rest = _fresh(model)
     if fresh and not any(p.requires_grad for m in fresh for e in _entries(tuned, m) for p in e.state.parameters()):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from luthier import attach, cost, tasks
-from luthier.compare.fit import Calibration
+from luthier.compare.fit import Calibration, aware
 from luthier.errors import RunStopped
 from luthier.evidence import fact
 from luthier.train import train
@@ -29,7 +29,7 @@ def task(data, model, train=400, val=150, test=400, **options):
 def trained(task, chain, seed, lr, steps, batch=16, head=True):
     """A fresh model with the chain (and the task's head) on it, trained; the seed sets head, state and order of the data."""
     data = Calibration(task, batch, seed)
-    tuned = attach(task.build(seed), with_head(chain) if head else chain, data, seed=seed, loss=task.loss)
+    tuned = attach(task.build(seed), aware(with_head(chain) if head else chain, task), data, seed=seed, loss=task.loss)
     train(tuned, task, steps=steps, lr=lr, batch_size=batch, seed=seed, progress=False, log=False)
     return tuned.eval()
 
@@ -68,15 +68,15 @@ def climb(worth, n):
     return i
 
 
-def arms(task, chains, seeds, steps, batch=16, rates=RATES, after=None):
+def arms(task, chains, seeds, steps, batch=16, rates=RATES, after=None, head=True):
     """Train every chain of {name: text} over the seeds. -> per_seed {name: scores}, facts {rates, tried, trained parameters}.
     `after(name, seed, tuned)` may give more figures a seed, stored as `name.key`."""
     per_seed, facts = {}, {"learning_rate": {}, "validation": {}, "trained_parameters": {}, "steps": steps, "batch": batch}
     for name, chain in chains.items():
-        lr, tried = search(task, chain, steps, batch, rates)
+        lr, tried = search(task, chain, steps, batch, rates, head)
         facts["learning_rate"][name], facts["validation"][name] = lr, {f"{k:g}": v for k, v in tried.items()}
         for seed in seeds:
-            tuned = trained(task, chain, seed, lr, steps, batch)
+            tuned = trained(task, chain, seed, lr, steps, batch, head)
             facts["trained_parameters"][name] = sum(p.numel() for _, p in tuned.trainable())
             per_seed.setdefault(name, []).append(score(tuned, task))
             for key, value in (after(name, seed, tuned) if after else {}).items():

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 
 from .. import save
-from ..errors import BadState
+from ..errors import BadState, LuthierError
 from ..host import Host
 from ..method import call, parse
 from ..site import Fixed
@@ -75,6 +75,11 @@ class Kind:
         self.owner, host, self.towers = tuned._owner, tuned._host, tuned._plan.stacks
         self.chain, self.pools, self.plan = tuned.chain, tuned._pools, tuned._plan
         self.entries, self.order = [], {}
+        try:                                               # a rack has no context: a state that needs one is refused at the door
+            [e.p for place in [*host.patches.values(), *host.ports.values()] for e in place.entries if e.owner is self.owner]
+        except LuthierError:
+            tuned.detach()
+            raise
         for place in [*host.patches.values(), *host.ports.values()]:
             place.entries = [e if e.owner is not self.owner else RowEntry(e, host, place) for e in place.entries]
             self.entries += [e for e in place.entries if e.owner is self.owner]

@@ -19,6 +19,7 @@ from ..errors import DoesNotFit
 from ..host import Entry, _put, _take
 from ..method import call
 from ..save import _plain
+from ..state import Overlay
 from .fold import Numbering, Program, Refold, blank, flat, flat_tensors, rebuilt
 
 SMALL = 1 << 18                          # entries of a weight up to which it is made for all rows at once; else state by state
@@ -67,6 +68,8 @@ class RowEntry(Entry):
             new.method = copy.copy(self.method)
             for name, value in hyper.items():
                 object.__setattr__(new.method, name, value)
+        if self.method.has("produce"):
+            new.state = Overlay(new.state, new.method.produce({}, new.state))
         return new
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .. import zoo
 from ..errors import BadData, DoesNotFit
 from . import metrics
-from .dual import _positions, is_dual
+from .dual import is_dual
 from .image import UNREADABLE, ImageClassification
 
 
