@@ -1,0 +1,201 @@
+"""Adapters for vision-language models against straightforward implementations of their formulas; state that depends on a task."""
+
+import copy
+
+import pytest
+import torch
+from test_golden_stream import batch, close, model, states, stir
+from torch.nn import functional as F
+
+import luthier
+from luthier import attach, save, tiny
+from luthier.compare.fit import aware
+from luthier.errors import BadChain, DoesNotFit, UnknownName
+from luthier.method import chosen
+
+TASKS = ("caption", "vqa", "nlvr")
+
+
+def t5():
+    return model("t5").double()
+
+
+def gelu(x):                                                # the tanh form, written out
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def t5_with(base, weights, got, norms=True):
+    """A copy of a T5 with independent adapters: weights(site name) -> D, d, U, u."""
+    twin = copy.deepcopy(base)
+    for tower, stack in (("encoder", twin.encoder), ("decoder", twin.decoder)):
+        for i, block in enumerate(stack.block):
+            layers = [("attn", block.layer[0].SelfAttention, "o")]
+            layers += [("cross", block.layer[1].EncDecAttention, "o")] if tower == "decoder" else []
+            for place, module, o in [*layers, ("mlp", block.layer[-1].DenseReluDense, "wo")]:
+                D, d, U, u = weights(f"{tower}.block.{i}.{place}.out")
+                getattr(module, o).register_forward_hook(
+                    lambda m, x, h, D=D, d=d, U=U, u=u: h + F.linear(gelu(F.linear(h, D, d)), U, u))
+            for place, layer in zip(("attn", "cross", "mlp")[::1 if tower == "decoder" else 2], block.layer, strict=True):
+                if norms and f"{tower}.block.{i}.{place}.norm" in got:
+                    layer.layer_norm.weight.data += got[f"{tower}.block.{i}.{place}.norm"].W[:, 0]
+        if norms and f"{tower}.final.norm" in got:
+            stack.final_layer_norm.weight.data += got[f"{tower}.final.norm"].W[:, 0]
+    return twin
+
+
+# -- state that depends on the task ---------------------------------------------------------------------------------
+
+
+def test_a_context_names_a_task_or_one_for_each_row():
+    assert chosen({}, "task", ()) == chosen({"task": "anything"}, "task", ()) == 0
+    assert chosen({"task": "vqa"}, "task", TASKS) == 1
+    assert chosen({"task": ["nlvr", "caption"]}, "task", TASKS) == [2, 0]
+    with pytest.raises(UnknownName, match="names 'vqs'. Nearest: vqa"):
+        chosen({"task": "vqs"}, "task", TASKS)
+    for ctx in ({}, {"task": None}):
+        with pytest.raises(UnknownName, match=r"names none\. Set tuned.context = {'task': 'caption'}"):
+            chosen(ctx, "task", TASKS)
+
+
+def test_methods_learn_the_names_of_the_tasks():
+    class data:
+        kinds = TASKS
+    chain = "vl_adapter(share='none') >> lora() >> vl_adapter(tasks=('a',))"
+    assert repr(aware(chain, data)) == f"vl_adapter(share='none', tasks={TASKS}) >> lora() >> vl_adapter(tasks=('a',))"
+    assert repr(aware("vl_adapter()", object())) == "vl_adapter()"
+
+
+@pytest.mark.parametrize("how", ["share='none'", "weights='compacter', share='down'", "weights='hyperformer++', embed=16"])
+def test_tasks_have_their_own_state_and_its_names_are_saved(how, tmp_path):
+    base, b = t5(), batch("t5")
+    tuned = stir(attach(base, f"vl_adapter(reduce=4, {how}, tasks={TASKS})")).eval()
+    with torch.no_grad():
+        said = {}
+        for name in TASKS:
+            tuned.context = {"task": name}
+            said[name] = tuned(**b).logits
+        assert not torch.allclose(said["vqa"], said["nlvr"], atol=1e-3)
+        tuned.context = {"task": ["nlvr", "vqa"]}           # rows of several tasks in one batch
+        mixed = tuned(**b).logits
+        close(mixed[0], said["nlvr"][0])
+        close(mixed[1], said["vqa"][1])
+        tuned.context = {"task": "vqa"}
+        words = tuned.generate(b["input_ids"], max_new_tokens=4, num_beams=2)
+        tuned.save(tmp_path / "state")
+        tuned.detach()
+        again = save.load(base, tmp_path / "state")
+        with pytest.raises(UnknownName, match="caption, vqa, nlvr, and the context names none"):
+            again(**b)
+        again.context = {"task": "vqa"}
+        assert torch.equal(again(**b).logits, said["vqa"])
+        assert torch.equal(again.generate(b["input_ids"], max_new_tokens=4, num_beams=2), words)
+        again.context = {"task": "captions"}
+        with pytest.raises(UnknownName, match="'captions'. Nearest: caption"):
+            again(**b)
+
+
+def test_a_rack_serves_what_asks_for_no_task(tmp_path):
+    base, b, alone = tiny.build("gpt2"), tiny.batch("gpt2"), {}
+    for k, seed in (("one", 2), ("two", 5)):
+        tuned = stir(attach(base, "vl_adapter(reduce=4)", seed=seed)).eval()
+        with torch.no_grad():
+            alone[k] = tuned(**b).logits
+        tuned.save(tmp_path / k)
+        tuned.detach()
+    attach(base, f"vl_adapter(reduce=4, tasks={TASKS})").save(tmp_path / "many")
+    rack = luthier.Rack(tiny.build("gpt2"))
+    refused = rack.load_all(tmp_path)
+    assert list(refused) == ["many"] and "the context names none" in str(refused["many"])
+    out = rack(b, names=["one", "two", "one"]).logits
+    for i, k in enumerate(("one", "two", "one")):
+        close(out[i], alone[k][i], 1e-4)
+
+
+# -- VL-Adapter --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_bottlenecks_of_t5(norms):
+    base, b = t5(), batch("t5")
+    tuned = stir(attach(base, f"vl_adapter(reduce=4, norms={norms})"))
+    got = states(tuned, "vl_adapter")
+
+    def weights(name):
+        p = got[name]
+        return p.D[0], p.d[0], p.U[0], p.u[0]
+    said = tuned(**b).logits
+    tuned.detach()
+    close(said, t5_with(base, weights, got, norms)(**b).logits)
+    assert any("norm" in n for n in got) is norms
+    assert sum("cross" in n for n in got) == 2 * (1 + norms) and all(len(p.D[0]) == 8 for n, p in got.items() if "out" in n)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "compacter"])
+@pytest.mark.parametrize("share", ["all", "up", "down", "none"])
+def test_what_tasks_share(kind, share):
+    base, b = t5(), batch("t5")
+    tuned = stir(attach(base, f"vl_adapter(weights='{kind}', reduce=4, n=4, share='{share}', norms=False, tasks={TASKS})"))
+    got = states(tuned, "vl_adapter")
+    down, up = {"all": (1, 1), "up": (3, 1), "down": (1, 3), "none": (3, 3)}[share]
+    half = {"bottleneck": (8 * 32 + 8, 32 * 8 + 32), "compacter": (64 + 4 * 2 * 8 + 8, 64 + 4 * 8 * 2 + 32)}[kind]
+    assert sum(p.numel() for _, p in tuned.trainable()) == 10 * (down * half[0] + up * half[1])
+    found = {}
+    for k, name in enumerate(TASKS):
+        tuned.context = {"task": name}
+        found[k] = tuned(**b).logits
+    tuned.detach()
+
+    def whole(A, S):                                        # a sum of Kronecker products, one after the other
+        return sum(torch.kron(a, s) for a, s in zip(A, S, strict=True))
+    for k in range(3):
+        def weights(name, k=k):
+            p, i, j = got[name], k * (down > 1), k * (up > 1)
+            if kind == "bottleneck":
+                return p.D[i], p.d[i], p.U[j], p.u[j]
+            return whole(p.A[i], p.S[i]), p.d[i], whole(p.B[j], p.R[j]), p.u[j]
+        close(found[k], t5_with(base, weights, got)(**b).logits)
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_hyperformer(places):
+    base, b = t5(), batch("t5")
+    chain = f"vl_adapter(weights='hyperformer{'++' * places}', reduce=4, code=3, hidden=6, embed=5, tasks={TASKS})"
+    plain, tuned = base(**b).logits, attach(base, chain)
+    tuned.context = {"task": "nlvr"}
+    close(tuned(**b).logits, plain)
+    got = states(stir(tuned).eval(), "vl_adapter")
+    logits = tuned(**b).logits
+    count = sum(p.numel() for _, p in tuned.trainable())
+    tuned.detach()
+    names = [n for n in got if n.endswith("out")]
+    tower = sum((5 * (2 + places) + 1) * 6 + (6 + 1) * 3 + 2 * 3 + 2 * 5 for _ in ("encoder", "decoder"))
+    generators = (2 if places else 5) * 4 * (8 * 32 + 8 + 32 * 8 + 32)
+    embedded = 3 * 5 + (5 * 5 if places else 0)
+    norms = sum(got[n].W.numel() for n in got if "norm" in n)
+    assert count == embedded + tower + generators + norms
+
+    def weights(name):
+        p = got[name]
+        parts = [p.t[2], p.l] + ([p.e] if places else [])
+        z = F.linear(torch.relu(F.linear(torch.cat(parts), p.Q, p.q)), p.P, p.p)
+        z = (z - z.mean()) / (z.var(unbiased=False) + 1e-6).sqrt() * p.gain + p.beta
+        made = [F.linear(z, getattr(p, "G" + x), getattr(p, "g" + x)) for x in "DdUu"]
+        return made[0].reshape(8, 32), made[1], made[2].reshape(32, 8), made[3]
+    close(logits, t5_with(base, weights, got)(**b).logits)
+    shared = {x: len({id(getattr(got[n], x)) for n in names}) for x in ("t", "Q", "l", "GD")}
+    assert shared == {"t": 1, "Q": 2, "l": 4, "GD": 2 if places else 5}
+
+
+def test_a_vision_model_is_left_alone_and_the_projection_trains_beside():
+    base = tiny.build("bridged")
+    tuned = attach(base, "full(at='connector') >> vl_adapter(reduce=4)")
+    names = [p.site_name for p in tuned.states.values()]
+    assert any(n.startswith("connector") for n in names) and any(n.startswith("text.block.0.mlp") for n in names)
+    assert not any(n.startswith("vision") for n in names)
+
+
+def test_what_a_hypernetwork_and_kronecker_products_refuse():
+    with pytest.raises(BadChain, match="a hypernetwork is what tasks share"):
+        luthier.parse("vl_adapter(weights='hyperformer', share='up')")
+    with pytest.raises(DoesNotFit, match="n=3 must divide the widths 32 and 8"):
+        attach(t5(), "vl_adapter(weights='compacter', n=3, reduce=4)")
