@@ -70,15 +70,16 @@ def plan(model, chain):
     touched = defaultdict(list)
     for patch in host.patches.values() if host else ():
         for e in patch.entries:
-            if e.site.kind == "weight":
+            if e.site.kind == "weight" and not e.output:
                 touched[id(e.module), e.param].append((e.site, f"{type(e.method).__name__} (attached as {e.owner.name!r})"))
     steps, notes = [], []
     for k, m in enumerate(chain):
         name, found, twins, first = type(m).__name__, find(every, m.at), {}, {}
         for s in found:
-            if not m.has(NEEDS[s.kind]) and not (
+            linear = s.kind == "weight" and s.layout in ("linear", "conv1d")
+            if not m.has(NEEDS[s.kind]) and not (linear and m.has("output")) and not (
                     s.kind == "stream" and s.layout == "out" and s.block is not None and m.has("around")):
-                can = [v for v in ("weight", "stream", "around", "attend") if m.has(v)]
+                can = [v for v in ("weight", "output", "stream", "around", "attend") if m.has(v)]
                 raise DoesNotFit(f"{name} acts on {' and '.join(can) or 'nothing'}, and {s.name} is a {s.kind} site: "
                                  f"it has no verb for it. Choose other sites with {name}(at=...); `luthier sites` lists them.")
             if s.kind == "weight":
@@ -91,7 +92,8 @@ def plan(model, chain):
                 if id(P) in first and s.tied and s.rows is None and first[id(P)].name in s.tied:
                     twins[s] = first[id(P)]
                 first.setdefault(id(P), s)
-                touched[id(s.module), s.param].append((s, name))
+                if not (linear and m.has("output")):
+                    touched[id(s.module), s.param].append((s, name))
             elif s.kind == "attend" and _implementation(s.module) not in (None, "sdpa"):
                 raise DoesNotFit(f"{name} works on the attention core of {s.name}, which runs {_implementation(s.module)!r}. "
                                  "Load the model with attn_implementation=\"sdpa\".")
@@ -233,7 +235,7 @@ class Tuned(nn.Module):
             if isinstance(v, nn.Parameter):
                 made[n] = known.setdefault(id(v), v)
         p = State(made, f"{i}:{type(m).__name__}", s.name)
-        if s.kind == "weight" and s.layout in ("stack", "raw") and not s.bias and "b" in m.wants("weight"):
+        if s.kind == "weight" and s.layout in ("stack", "raw") and not s.bias and m.has("weight") and "b" in m.wants("weight"):
             with torch.no_grad():                           # asked, not declared: merging sets a bias only where there is one
                 _, b = call(m, "weight", W=s.W, b=s.W.new_zeros(s.d_out), p=p)
             if b is not None:
@@ -534,7 +536,7 @@ class Tuned(nn.Module):
 def mergeable(chain):
     """Refuses what is no change of weights."""
     for m in chain:
-        if not m.has("weight") or m.has("stream") or m.has("attend") or m.has("around"):
+        if not m.has("weight") or any(map(m.has, ("output", "stream", "attend", "around"))):
             raise NotMergeable(f"{type(m).__name__} changes the running model, not a weight; keep it attached.")
 
 

@@ -26,6 +26,7 @@ from .method import Chain, discover, lookup, parse
 TOL = {torch.float32: 2e-5, torch.bfloat16: 5e-2}          # of the largest output; the only tolerances there are
 DTYPES = tuple(TOL)
 CHECKS = {}
+RUNNING = ("output", "stream", "attend")
 INAPPLICABLE = (NoSuchSite, DoesNotFit, BadOrder)
 
 
@@ -255,7 +256,7 @@ def base_never_written(c):
 def merge_equals_forward(c):
     """Merged weights give the same output, and unmerging the very same; what is not a weight change is refused."""
     tuned = c.attach()
-    y, weights = run(tuned, c.batch), all(m.has("weight") and not (m.has("stream") or m.has("attend")) for m in c.chain)
+    y, weights = run(tuned, c.batch), all(m.has("weight") and not any(map(m.has, RUNNING)) for m in c.chain)
     try:
         tuned.merge()
     except NotMergeable as e:

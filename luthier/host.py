@@ -128,8 +128,10 @@ class Entry:
         self.owner, self.method, self.site, self.state = owner, method, site, state
         self.module, self.param = module or site.module, param or site.param
         self.twin = module is not None and module is not site.module
-        self.sets_bias = site.kind == "weight" and "b" in method.wants("weight")
-        self.fast = (site.kind == "weight" and site.layout in ("linear", "conv1d") and method.has("fast") and not self.twin)
+        self.sets_bias = site.kind == "weight" and method.has("weight") and "b" in method.wants("weight")
+        linear = site.kind == "weight" and site.layout in ("linear", "conv1d")
+        self.output = linear and method.has("output")
+        self.fast = linear and method.has("fast") and not self.twin and not self.output
         self.thin = self.fast and method.is_thin() and not isinstance(site.rows, torch.Tensor)
         self.fast_wants_weight = self.fast and bool({"W", "b"} & set(method.wants("fast")))
         self.plain = self.thin and site.rows is None and not (self.fast_wants_weight or method.has("produce"))
@@ -157,7 +159,7 @@ class Patch:
         self.host, self.module, self.entries = host, module, []
         self.inner = module.__dict__.get("forward")         # somebody else's instance forward is kept and called
         module.forward = self
-        self.slow, self.quick, self.attends, self.thin, self.picky = [], [], [], [], []
+        self.slow, self.quick, self.attends, self.thin, self.picky, self.outputs = [], [], [], [], [], []
         self.mates, self.ready, self.lone = [], _Ready(), False
 
     def remove(self):
@@ -172,7 +174,8 @@ class Patch:
     def refresh(self):
         live = [e for e in self.entries if e.owner.active]
         self.attends = [e for e in live if e.site.kind == "attend"]
-        weights, n = [e for e in live if e.site.kind == "weight"], 0
+        self.outputs = [e for e in live if e.output]
+        weights, n = [e for e in live if e.site.kind == "weight" and not e.output], 0
         while self.host.fast and n < len(weights) and weights[-1 - n].fast:
             n += 1
             if weights[-n].fast_wants_weight:               # it reads the weight so far: nothing fast may come before it
@@ -185,6 +188,8 @@ class Patch:
         self.picky = [e for e in self.quick if e.method.has("worth")]
 
     def __call__(self, *args, **kwargs):
+        if self.outputs:
+            return self._outputs(args[0] if args else next(iter(kwargs.values())), self._weights(*args, **kwargs))
         if not self.attends:
             return self._weights(*args, **kwargs)
         seen = _Intercept(self.attends, self.host)
@@ -200,6 +205,17 @@ class Patch:
 
     def _base(self, *args, **kwargs):
         return self.inner(*args, **kwargs) if self.inner is not None else type(self.module).forward(self.module, *args, **kwargs)
+
+    def _outputs(self, x, y):
+        """What acts on a linear layer's output, after all that changes its weight."""
+        for e in self.outputs:
+            rows, have = e.site.rows, {}
+            if "W" in e.method.wants("output"):
+                by_row = self.host.rows is not None
+                have["W"] = None if by_row else e.site.read(self.tensors(e.param, self.slow + self.quick)[0])
+            new = e.act("output", x=x, y=y if rows is None else _take(y, rows), **have)
+            y = new if rows is None else _put(y, rows, new)
+        return y
 
     def _weights(self, *args, **kwargs):
         if self.host.rows is not None:

@@ -13,6 +13,8 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
                              gain: (d_out,), the rest but A and B optional; fast() follows from it
     fast(x, y, p[, W, b])    the same change, cheaper: the layer's input x and output so far y -> new y; checked against weight
     worth(n, d_in, d_out)    whether fast() is cheaper than weight() for n tokens; without this verb it always is
+    output(x, y, p[, W])     what no weight can do: a linear layer's input x and output y, after all changes of its weight W
+                             -> new y. At linear layers it takes the place of weight(), which a method may have for others
     stream(t, p)             change of a token stream, Tokens -> Tokens
     around(f, t, p)          a module with a stream in and out (a block, an MLP): f(t) runs it, Tokens -> Tokens; may run it
                              twice, on another stream, in the backward pass, or not at all. f.trained(): what its gradient goes to
@@ -40,7 +42,7 @@ from pathlib import Path
 from . import thin
 from .errors import BadChain, UnknownName, nearest
 
-VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "stream", "around", "attend", "loss", "step", "produce")
+VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "output", "stream", "around", "attend", "loss", "step", "produce")
 REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
 INCLUDED: dict[str, None] = {}          # files of the user's own methods: other processes must read them, too
 

@@ -337,6 +337,9 @@ def _try(bound, e):
         a = call(m, "attend", a=a, p=p)
         return [a if torch.is_tensor(a) else a.run()]
     W, b = s.W, s.b
+    if e.output:
+        x = draw(3, s.d_in)
+        return [call(m, "output", x=x, y=F.linear(x, W, b), p=p, W=W)]
     out = call(m, "weight", W=W, p=p, b=W.new_zeros(W.shape[0]) if b is None else b)
     out = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
     if e.fast:

@@ -173,6 +173,11 @@ class Learning(Runs):
         shared = {k: v for k, v in have.items() if v is not None}
         return self._program(e, "fast", shared, lambda b: call(b.method, "fast", x=x, y=y, p=b.state, **have | b.shared))
 
+    def output(self, e, x, y, **have):
+        if have:
+            raise NotByRow(f"{type(e.method).__name__} reads the weight of {e.site.name}, which other rows may have changed.")
+        return self._program(e, "output", {}, lambda b: call(b.method, "output", x=x, y=y, p=b.state))
+
     def slow(self, patch, args, kwargs):
         self.alone(patch, args, kwargs)
         mine = [e for e in patch.slow if isinstance(e, RowEntry)]
@@ -272,7 +277,10 @@ class Mixed(Runs):
         return tuple(whole)
 
     # -- what the host asks -------------------------------------------------------------------------------------------
-    def fast(self, e, x, y, have):
+    def output(self, e, x, y):
+        return self.fast(e, x, y, {}, "output")
+
+    def fast(self, e, x, y, have, verb="fast"):
         if x.shape[0] == 1 and self.n > 1:
             x, y = x.expand(self.n, *x.shape[1:]), y.expand(self.n, *y.shape[1:])
         self.whole(x, e.site.name)
@@ -282,9 +290,9 @@ class Mixed(Runs):
 
         def one(b, x, y):
             given = {**none, **{k: b.shared[k] for k in shared}}
-            return (call(b.method, "fast", x=x, y=y, p=b.state, **given),)
+            return (call(b.method, verb, x=x, y=y, p=b.state, **given),)
 
-        new, = self.map(e, "fast", (xr, yr), (0, 0), one, shared, pure=True)
+        new, = self.map(e, verb, (xr, yr), (0, 0), one, shared, pure=True)
         if self.base is not None:
             new = torch.where(self.base[:, None, None], yr, new)
         return new.reshape(y.shape)
