@@ -1,6 +1,7 @@
 """Adapters for vision-language models against straightforward implementations of their formulas; state that depends on a task."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 import luthier
 from luthier import attach, save, tiny
 from luthier.compare.fit import aware
-from luthier.errors import BadChain, DoesNotFit, UnknownName
-from luthier.method import chosen
+from luthier.errors import BadChain, DoesNotFit, NotMergeable, UnknownName
+from luthier.method import Chain, Method, chosen
 
 TASKS = ("caption", "vqa", "nlvr")
 
@@ -199,3 +200,137 @@ def test_what_a_hypernetwork_and_kronecker_products_refuse():
         luthier.parse("vl_adapter(weights='hyperformer', share='up')")
     with pytest.raises(DoesNotFit, match="n=3 must divide the widths 32 and 8"):
         attach(t5(), "vl_adapter(weights='compacter', n=3, reduce=4)")
+
+
+# -- what acts on a linear layer's output ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class squared(Method):
+    """y + (x ⊙ x)[:d] W^T m, which no weight can do; with W, so that it must come after all that changes it."""
+    at: str = "attn.v"
+
+    def init(self, site):
+        return dict(m=site.normal(site.d_in))
+
+    def output(self, x, y, p, W):
+        return y + (x * x * p.m) @ W.T
+
+
+def test_an_output_comes_after_all_changes_of_the_weight():
+    b = batch("gpt2")
+    for chain in (Chain((squared(), *luthier.parse("lora(at='attn.v')"))), luthier.parse("lora(at='attn.v')") >> squared()):
+        base = model("gpt2").double()
+        tuned = stir(attach(base, chain))
+        p, q = states(tuned, "squared"), states(tuned, "lora")
+        for fast in (True, False):
+            tuned.fast = fast
+            said = tuned(**b).logits
+            with pytest.raises(NotMergeable, match="squared changes the running model"):
+                tuned.merge()
+        tuned.detach()
+        for i, block in enumerate(base.transformer.h):
+            mine, low = p[f"block.{i}.attn.v"], q[f"block.{i}.attn.v"]
+
+            def hook(m, x, y, mine=mine, low=low):          # queries, keys, values: of 32 channels each
+                W = m.weight[:, 64:].T + 16 / 8 * low.B @ low.A
+                v = F.linear(x[0] + x[0] ** 2 * mine.m, W, m.bias[64:])
+                return torch.cat([y[..., :64], v], -1)
+            block.attn.c_attn.register_forward_hook(hook)
+        close(said, base(**b).logits)
+
+
+def test_an_output_needs_a_linear_layer():
+    with pytest.raises(DoesNotFit, match="squared acts on output, and block.0.attn.norm is a weight site"):
+        attach(model("gpt2"), Chain((squared(at="attn.norm"),)))
+
+
+def test_rows_of_a_rack_have_outputs_of_their_own(tmp_path):
+    b, alone = tiny.batch("gpt2"), {None: tiny.build("gpt2")(**tiny.batch("gpt2")).logits}
+    for k in ("one", "two"):
+        base = tiny.build("gpt2")
+        tuned = stir(attach(base, "vl_pet(at='attn.v', values=4)", seed=len(alone))).eval()
+        alone[k] = tuned(**b).logits
+        tuned.save(tmp_path / k)
+    rack, names = luthier.Rack(tiny.build("gpt2")), ["two", None, "one"]
+    rack.load_all(tmp_path)
+    out = rack(b, names=names).logits
+    for i, k in enumerate(names):
+        close(out[i], alone[k][i].detach(), 1e-4)
+    assert rack.cost()["kinds"][0]["served"] == "row by row"
+
+
+# -- VL-PET ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["large", "middleX", "middleY", "small"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_vl_pet_of_t5(gate, paired):
+    base, b = t5(), batch("t5") | dict(attention_mask=torch.tensor([[1] * 9, [1] * 6 + [0] * 3]))
+    tuned = stir(attach(base, f"vl_pet(gate='{gate}', width=8, heads=2, paired={paired}, rank=3, values=5, scale=1.5)"))
+    got, said = states(tuned, "vl_pet"), tuned(**b).logits
+    tuned.detach()
+    real = b["attention_mask"][..., None].double()
+
+    def adapted(h, p):
+        z = gelu(F.linear(h, p.D, p.d))
+        if not paired or len(p.U) == 1:
+            return h.new_zeros(()) + F.linear(z, p.U[0], p.u)
+        return torch.cat([F.linear(z[..., :4], p.U[0]), F.linear(z[..., 4:], p.U[1])], -1) + p.u
+
+    def opened(x, y, p):
+        if gate == "large":
+            return torch.sigmoid(F.linear(gelu(F.linear(x, p.A, p.a)), p.V, p.v))
+        if gate == "middleX":
+            return torch.sigmoid(F.linear(x + y, p.A, p.a))
+        if gate == "middleY":
+            return 1 + p.g
+        return ((torch.sigmoid(F.linear(torch.cat([x, y], 2), p.A, p.a)) * real).sum(1) / real.sum(1))[:, None]
+
+    def wrap(layer, out, p):
+        layer.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0]))
+
+        def hook(m, args, h):
+            y = h + adapted(h, p)
+            return 1.5 * y * opened(seen[layer], y, p)
+        out.register_forward_hook(hook)
+    seen = {}
+    for i, (block, other) in enumerate(zip(base.encoder.block, base.decoder.block, strict=True)):
+        wrap(block.layer[0], block.layer[0].SelfAttention.o, got[f"encoder.block.{i}.attn.out"])
+        wrap(block.layer[1], block.layer[1].DenseReluDense.wo, got[f"encoder.block.{i}.mlp.out"])
+        for place, layer in zip(("attn", "mlp"), block.layer, strict=True):
+            layer.layer_norm.weight.data += got[f"encoder.block.{i}.{place}.norm"].W[:, 0]
+        p = got[f"decoder.block.{i}.cross.v"]
+        other.layer[1].EncDecAttention.v.register_forward_hook(lambda m, x, y, p=p: y + adapted(x[0], p))
+    base.encoder.final_layer_norm.weight.data += got["encoder.final.norm"].W[:, 0]
+    close(said, base(**b).logits)
+
+
+def test_granularities():
+    base, x, counts = t5(), torch.randn(2, 9, 32, dtype=torch.float64), {}
+    for gate, shape in dict(large=(2, 9, 32), small=(2, 1, 1), middleX=(2, 9, 1), middleY=(1, 1, 32)).items():
+        method, = chain = luthier.parse(f"vl_pet(gate='{gate}', width=8, rank=3)")
+        tuned = attach(base, chain)
+        got = states(tuned, "vl_pet")
+        assert method.granularity(x, x + 1, got["encoder.block.0.attn.out"]).shape == shape
+        counts[gate] = sum(p.numel() for _, p in tuned.trainable())
+        assert not any(n.startswith("decoder") and not n.endswith("cross.v") for n in got)
+        tuned.detach()
+    gates = dict(large=3 * 32 + 3 + 32 * 3 + 32, small=2 * 32 + 1, middleX=32 + 1, middleY=32)
+    rest = 4 * (8 * 32 + 8 + 32 * 8 + 32) + 5 * 32 + 2 * (96 * 32 + 96 + 32 * 96 + 32)
+    assert counts == {k: rest + 4 * n for k, n in gates.items()} and list(counts) == sorted(counts, key=counts.get)[::-1]
+
+
+def test_heads_joined_are_one_matrix_and_the_start_may_be_the_base():
+    base, b = t5(), batch("t5")
+    plain, said = base(**b).logits, []
+    for heads in (1, 4):
+        tuned = attach(base, f"vl_pet(width=8, heads={heads}, scale=2.0)")
+        close(tuned(**b).logits, plain)
+        said.append(stir(tuned)(**b).logits)
+        tuned.detach()
+    assert torch.equal(*said)
+    with pytest.raises(DoesNotFit, match="heads=3 must divide width=8"):
+        attach(base, "vl_pet(width=8, heads=3)")
+    with pytest.raises(DoesNotFit, match="encoder.embed is none of them"):
+        attach(base, "vl_pet(at='encoder.embed')")
