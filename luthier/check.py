@@ -1,6 +1,6 @@
 """The contract of every method, checked: `luthier check NAME | --all | --import my_method.py`.
 
-Each check runs on tiny models of nine kinds in two dtypes. A check returns None when it passed or a reason why it does not
+Each check runs on tiny models of ten kinds in two dtypes. A check returns None when it passed or a reason why it does not
 apply, and raises AssertionError when it failed. What a method cannot keep it names in `exempt`, with the reason; an exemption
 that nothing needs fails, too. A method must apply to at least one of the models.
 """

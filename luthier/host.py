@@ -19,7 +19,7 @@ from . import thin
 from .errors import DoesNotFit
 from .method import call
 from .state import Overlay
-from .tokens import Attention, Tokens
+from .tokens import _TOGETHER, Attention, Tokens
 
 KEY = "_luthier_host"
 
@@ -490,7 +490,7 @@ class StackPort:
     """Around one run of blocks: starts its Tokens, keeps masks and positions right for inserted tokens, takes them out again."""
 
     def __init__(self, host, stack):
-        self.host, self.stack, self.tokens, self.inserted, self.spans = host, stack, None, None, {}
+        self.host, self.stack, self.tokens, self.inserted, self.spans, self.frames = host, stack, None, None, {}, 1
         self.handles = [stack.module.register_forward_pre_hook(self.before, with_kwargs=True),
                         stack.module.register_forward_hook(self.after, with_kwargs=True)]
         if stack.embed == "out":                            # heads inside the stack must not see inserted tokens
@@ -588,7 +588,8 @@ class StackPort:
             memory = remembering(past) if past is not None else {}
             if not seen:
                 memory.clear()
-        self.proto = dict(fixed=s.fixed, causal=s.causal, decoding=bool(seen), memory=memory, keymask=keymask)
+        given = next((v for v in (*args, *kwargs.values()) if torch.is_tensor(v)), None)
+        self.proto = dict(fixed=s.fixed, causal=s.causal, decoding=bool(seen), memory=memory, keymask=keymask, given=given)
         self.tokens = self.again = None
         if s.embed == "ids" and (port := self.embed_port()) is not None and port.live:
             args, kwargs = self._embed(port, module, args, kwargs, n)
@@ -616,6 +617,7 @@ class StackPort:
         if t is not None and t.h is not None and t.h.shape[:2] == h.shape[:2]:
             return replace(t, h=h)
         proto = dict(self.proto or dict(fixed=self.stack.fixed, causal=self.stack.causal))
+        self.frames = proto["frames"] = _TOGETHER[0] if self.proto else self.frames        # as it was, where blocks run again
         mask, lanes = proto.get("keymask"), {}
         if mask is not None and mask.shape[1] >= h.shape[1]:
             lanes["mask"] = mask[:, mask.shape[1] - h.shape[1]:, None]
@@ -717,7 +719,7 @@ class Port:
                 t = replace(self.saved, h=h)                # its first port starts with the lanes it had, the others go on
             stack.again = self.site.block
         elif stack is not None and t.lanes and stack.checkpointed():
-            self.saved = replace(t, h=h[:0])                # also without grad: reentrant checkpointing's first pass
+            self.saved = replace(t, h=h[:0], given=None)    # also without grad: reentrant checkpointing's first pass
         for e in self.live:
             t = e.act("stream", t=t)
         if stack is not None:

@@ -1,4 +1,4 @@
-"""Nine tiny, randomly initialised models, each of another kind, on which every method is held to its contract."""
+"""Ten tiny, randomly initialised models, each of another kind, on which every method is held to its contract."""
 
 import copy
 import functools
@@ -75,8 +75,14 @@ def _bridged(t):                         # a vision model, a connector and a dec
     return bridge(_vit(t).vit, _llama(t), "limber(dropout=0.0)")
 
 
+def _clips(t):                           # a model of images that takes clips
+    from .clips import framed
+
+    return framed(_vit(t))
+
+
 MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, named=_named, resnet=_resnet,
-              bridged=_bridged)
+              bridged=_bridged, clips=_clips)
 
 
 @functools.cache
@@ -110,6 +116,8 @@ def batch(name, dtype=torch.float32, seed=1):
     mask[0, :4] = 0                        # left padding, as decoders generate with
     if name in ("vit", "dinov2", "named", "resnet"):
         return dict(pixel_values=pixels)
+    if name == "clips":                    # of two frames
+        return dict(pixel_values=torch.stack([pixels, pixels.flip(0) + 0.5], 1))
     if name == "clip":
         return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
     more = dict(decoder_input_ids=torch.randint(4, 64, (3, 6), generator=g)) if name == "t5" else \

@@ -4,10 +4,24 @@ Whatever inserts, drops or merges tokens moves every lane (mask, sizes, side-net
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+
+_TOGETHER = [1]
+
+
+@contextmanager
+def together(n):
+    """Within, every n rows of a stream in turn belong together: the frames of one clip, the images of one example. Whoever
+    flattens (B, n, ...) to (B n, ...) says so; methods read it as `Tokens.frames`."""
+    before, _TOGETHER[0] = _TOGETHER[0], n
+    try:
+        yield
+    finally:
+        _TOGETHER[0] = before
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,8 @@ class Tokens:
     group: torch.Tensor | None = None    # (B, T at the last mark) -> place of each marked token now, -1: dropped
     memory: dict | None = None           # per KV cache: what side networks remember of earlier tokens
     keymask: torch.Tensor | None = None  # (B, S) validity of all keys, cached ones included; None: all valid
+    frames: int = 1                      # so many rows in turn belong together: see `together`
+    given: torch.Tensor | None = None    # what the run of blocks was called with: ids or pixels; None where it is made again
 
     # -- reading ----------------------------------------------------------------------------------------------
     @property
@@ -36,20 +52,30 @@ class Tokens:
         """(B, T) bool, True where a token is real and not padding; None: all real."""
         return self.lanes["mask"][..., 0] if "mask" in self.lanes else None
 
-    def attend(self, q, k, v, key, bias=None):
-        """Masked (and causal) attention over this stream's own tokens, for networks beside the model. q, k, v: (B, H, T, Dh).
-        In generation k and v of earlier tokens are remembered under `key`, beside the model's own KV cache."""
+    def recall(self, key, *new):
+        """In generation: these (B, H, T, d) behind those of earlier tokens, remembered under `key` beside the KV cache."""
         if self.memory is not None:
             if key in self.memory:
-                k, v = (torch.cat([old, new], 2) for old, new in zip(self.memory[key], (k, v), strict=True))
-            self.memory[key] = (k, v)
-        T, S = q.shape[2], k.shape[2]
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if self.causal and T > 1 else None
+                new = tuple(torch.cat([old, n], 2) for old, n in zip(self.memory[key], new, strict=True))
+            self.memory[key] = new
+        return new
+
+    def sees(self, S):
+        """(B or 1, 1 or T, S) bool: which of S tokens, earlier ones included, each token of this stream may see; None: all."""
+        T, device = self.h.shape[1], self.h.device
+        mask = torch.ones(1, T, S, dtype=torch.bool, device=device).tril(S - T) if self.causal and T > 1 else None
         valid = self.keymask if self.keymask is not None and self.keymask.shape[1] == S else self.mask if T == S else None
         if valid is not None:
-            keys = valid.bool()[:, None, None, :]
+            keys = valid.bool()[:, None, :]
             mask = keys if mask is None else mask & keys
-            mask = mask | torch.eye(T, S, dtype=torch.bool, device=q.device) if T == S else mask   # a padding row sees itself
+            mask = mask | torch.eye(T, S, dtype=torch.bool, device=device) if T == S else mask     # a padding row sees itself
+        return mask
+
+    def attend(self, q, k, v, key, bias=None):
+        """Masked (and causal) attention over this stream's own tokens, for networks beside the model. q, k, v: (B, H, T, Dh)."""
+        k, v = self.recall(key, k, v)
+        mask = self.sees(k.shape[2])
+        mask = None if mask is None else mask[:, None]
         if bias is not None:
             mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -25,7 +25,7 @@ def test_contract(name):
 
 
 def test_the_zoo_has_every_kind_and_every_check_runs_somewhere():
-    assert set(tiny.MODELS) == {"bert", "gpt2", "llama", "t5", "vit", "dinov2", "clip", "named", "resnet", "bridged"}
+    assert set(tiny.MODELS) == {"bert", "gpt2", "llama", "t5", "vit", "dinov2", "clip", "named", "resnet", "bridged", "clips"}
     rows = [r for model in ("llama", "vit") for r in check.cell("lora", model, torch.float32, [*check.CHECKS])]
     assert {r.check for r in rows if r.verdict == "pass"} == set(check.CHECKS)
 

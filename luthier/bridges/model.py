@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import DoesNotFit
+from ..tokens import together
 from .way import Fit, Run, Seen
 
 IGNORE = -100
@@ -111,7 +112,8 @@ class Bridged(nn.Module):
     def see(self, pixel_values):
         """What the connector reads of images, (B, N, ...): may be computed once and given as image_states ever after."""
         x = pixel_values if pixel_values.dim() > 4 else pixel_values[:, None]
-        states = self.way.states(self._look(x.flatten(0, 1).to(next(self.vision.parameters()).dtype)))
+        with together(x.shape[1]):
+            states = self.way.states(self._look(x.flatten(0, 1).to(next(self.vision.parameters()).dtype)))
         return states.contiguous().unflatten(0, x.shape[:2])            # laid out as what was kept is: the same sums
 
     def _look(self, x):
