@@ -1,4 +1,4 @@
-"""Networks beside a frozen model and time in models of images: against straightforward implementations, by hand, by brute force."""
+"""Networks beside a frozen model, and time in models of images: against straightforward implementations and by hand."""
 
 import math
 
@@ -13,9 +13,9 @@ from luthier.attach import attach
 from luthier.clips import framed
 from luthier.errors import DoesNotFit
 from luthier.methods.side.sherl import sherl
+from luthier.procedures.m2clip import Multitask
 from luthier.state import State
 from luthier.tokens import Tokens, together
-
 
 ROLES = {"attn.q": "attention.q_proj", "attn.k": "attention.k_proj", "attn.v": "attention.v_proj", "attn.o": "attention.o_proj",
          "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}               # in a ViTLayer
@@ -67,6 +67,7 @@ def weights(p):
 
 
 def close(a, b, tol=1e-9):
+    a, b = a.detach(), b.detach()
     assert a.shape == b.shape and (a - b).abs().max() <= tol * max(1.0, float(b.abs().max())), (a - b).abs().max()
 
 
@@ -74,7 +75,8 @@ def seen(base, run, **modules):
     """{name: output} of the modules of a bare model."""
     found, hooks = {}, []
     for name, m in modules.items():
-        hooks.append(m.register_forward_hook(lambda m, a, o, name=name: found.update({name: o[0] if isinstance(o, tuple) else o})))
+        hooks.append(m.register_forward_hook(
+            lambda m, a, o, name=name: found.update({name: o[0] if isinstance(o, tuple) else o})))
     with torch.no_grad():
         found["out"] = run()
     for h in hooks:
@@ -175,7 +177,7 @@ def test_side_networks_keep_less_than_adapters_inside():
 # -- SHERL ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", ["", ", late=2", ", diverse=False", ", residual=False"])
+@pytest.mark.parametrize("options", ["", ", late=2", ", weigh='guided'", ", weigh='uniform'", ", residual=False"])
 def test_sherl_against_a_token_at_a_time(options):
     base, b = model("vit", 4), batch("vit")
     blocks = [m for m in base.modules() if type(m).__name__ == "ViTLayer"]
@@ -195,8 +197,10 @@ def test_sherl_against_a_token_at_a_time(options):
     for r in range(new.shape[0]):
         for i in range(new.shape[1]):
             *xs, g = [read(inputs[n][r, i], w) for n, w in enumerate(ws)]
-            w = [max(0.0, float((x * g) @ ws[-1]["c"] + ws[-1]["c0"])) for x in xs]
-            if "diverse" not in options:
+            w = [1.0] * len(xs)
+            if "uniform" not in options:
+                w = [max(0.0, float((x * g) @ ws[-1]["c"] + ws[-1]["c0"])) for x in xs]
+            if "weigh" not in options:
                 w = [v / sum(max(0.0, float(x @ y / x.norm() / y.norm())) for y in xs) for v, x in zip(w, xs, strict=True)]
             g = g + sum(v / max(sum(w), 1e-6) * x for v, x in zip(w, xs, strict=True))
             gate = torch.tanh(ws[-1]["beta"] / 0.1) if "residual" in options else 1
@@ -215,7 +219,7 @@ def test_sherl_gives_a_layer_that_comes_twice_half_the_weight():
     guide = torch.ones(1, 1, 3)
     close(sherl().weights([a, b, c], guide, p), torch.full((1, 1, 3), 1 / 3))
     close(sherl().weights([a, a, b, c], guide, p), torch.tensor([[[1, 1, 2, 2]]]) / 6)
-    close(sherl(diverse=False).weights([a, a, b, c], guide, p), torch.full((1, 1, 4), 1 / 4))
+    close(sherl(weigh="guided").weights([a, a, b, c], guide, p), torch.full((1, 1, 4), 1 / 4))
 
 
 def test_sherl_needs_an_early_layer():
@@ -312,7 +316,8 @@ def test_heads_look_at_other_frames(shift):
     base, x = framed(model("vit", 1)), video()
     m = next(m for m in base.modules() if type(m).__name__ == "ViTLayer")
     named, raw = dict(m.named_modules()), {}
-    hooks = [named[ROLES[r]].register_forward_hook(lambda m, a, o, r=r: raw.update({r: o})) for r in ("attn.q", "attn.k", "attn.v")]
+    hooks = [named[ROLES[r]].register_forward_hook(lambda m, a, o, r=r: raw.update({r: o}))
+             for r in ("attn.q", "attn.k", "attn.v")]
     tuned = attach(base, f"stdha(shift={shift})")
     hooks.append(named[ROLES["attn.o"]].register_forward_pre_hook(lambda m, a: raw.update(o=a[0])))
     with torch.no_grad():
@@ -505,3 +510,80 @@ def test_dist_keeps_less_than_adapters_inside():
         kept[chain[:4]] = cost.saved(lambda tuned=tuned: tuned(pixel_values=x).logits.sum(), held)
         tuned.detach()
     assert kept["dist"] < kept["adap"] and kept["dist"] < kept["ted("]
+
+
+# -- M2-CLIP's decoder ----------------------------------------------------------------------------------------------
+
+
+def multitask(**options):
+    torchvision()
+    import transformers as t
+
+    torch.manual_seed(0)
+    both = dict(**tiny.WIDTH, projection_dim=32)
+    clip = t.CLIPModel(t.CLIPConfig(text_config=dict(**both, **tiny.TEXT, max_position_embeddings=64), projection_dim=32,
+                                    vision_config=dict(**both, **tiny.PIXELS))).eval()
+    g = torch.Generator().manual_seed(0)
+    ids, there = torch.randint(4, 64, (5, 9), generator=g), torch.ones(5, 9, dtype=torch.long)
+    ids[:, 6], ids[0, 5], ids[0, 6], there[:, 7:], there[0, 6] = 3, 3, 1, 0, 0                # texts of 6 and 7 tokens, padded
+    return Multitask(clip, dict(input_ids=ids, attention_mask=there), mask_id=2, **options).double().eval()
+
+
+def test_m2clip_losses_by_hand():
+    m, x, y = multitask(), video(4, 3), torch.tensor([0, 2, 2, 4])
+    with torch.no_grad():
+        f = m.clip.get_image_features(pixel_values=x.flatten(0, 1))
+        f = getattr(f, "pooler_output", f).view(4, 3, -1)
+        w = m.clip.get_text_features(input_ids=m.ids, attention_mask=m.there.long())
+        w = getattr(w, "pooler_output", w)
+        v, w = f.mean(1) / f.mean(1).norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True)
+        s, total = m.clip.logit_scale.exp() * v @ w[y].T, 0.0
+        for table in (s, s.T):
+            for i in range(4):
+                p = torch.tensor([math.exp(10.0 * float(y[i] == y[j])) for j in range(4)]).double()
+                p = p / p.sum()
+                total += sum(p[j] * (p[j].log() - table[i].log_softmax(0)[j]) for j in range(4)) / 4
+        cls = -sum((100 * v @ w.T)[i].log_softmax(0)[y[i]] for i in range(4)) / 4
+        fc = -sum(m.decoder["fc"](f.mean(1))[i].log_softmax(0)[y[i]] for i in range(4)) / 4
+        out = m(pixel_values=x, labels=y)
+        close(out.loss, (total / 2 + cls) / 2 + fc)
+        close(out.logits, 100 * v @ w.T)
+        close(m(pixel_values=x, texts=dict(input_ids=m.ids[:2], attention_mask=m.there[:2])).logits, (100 * v @ w.T)[:, :2])
+        m.train()                                           # now words are filled in, too
+        m.clip.eval()
+        assert float(m(pixel_values=x, labels=y).loss) > float(out.loss)
+
+
+def test_m2clip_masks_words_and_crosses_frames():
+    m, y = multitask(), torch.tensor([0, 1, 0, 3])
+    ids, hide, _ = m.masked(y, rate=0.6)
+    assert hide.sum(1).tolist() == [2, 3, 2, 3]             # of 4 and of 5 words between the first and the last token
+    assert (ids[hide] == 2).all() and torch.equal(ids[~hide], m.ids[y][~hide])
+    assert not hide[:, 0].any() and not (hide & (m.ids[y] == 3)).any() and not (hide & ~m.there[y]).any()
+    layer, x, f = m.clip.text_model.encoder.layers[-1], torch.randn(2, 5, 32).double(), torch.randn(2, 3, 32).double()
+    with torch.no_grad():
+        n, z, mixed = layer.layer_norm1(x), layer.layer_norm1(f), []
+        q, k, v = layer.self_attn.q_proj(n), layer.self_attn.k_proj(z), layer.self_attn.v_proj(z)
+        for h in range(4):
+            at = slice(8 * h, 8 * h + 8)
+            mixed.append((q[..., at] @ k[..., at].mT / math.sqrt(8)).softmax(-1) @ v[..., at])
+        want = x + layer.self_attn.out_proj(torch.cat(mixed, -1))
+        close(m.crossed(x, f), want + layer.mlp(layer.layer_norm2(want)))
+
+
+def test_m2clip_trains_all_of_it_and_nothing_else():
+    m, x, y = multitask(width=8), video(4, 3), torch.tensor([0, 2, 2, 4])
+    tuned = attach(m, f"m2clip(width=8) >> full(at={m.heads!r})").train()
+    before, first = [p.detach().clone() for p in m.parameters()], None
+    optimizer = torch.optim.Adam([p for _, p in tuned.trainable()], 3e-3)
+    for _ in range(12):
+        out = tuned(pixel_values=x, labels=y)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        first = first or float(out.loss)
+    assert float(out.loss) < 0.7 * first
+    assert all(p.grad is not None and p.grad.any() for _, p in tuned.trainable())
+    assert all(map(torch.equal, before, m.parameters()))
+    with pytest.raises(DoesNotFit, match="no dual encoder"):
+        Multitask(model("vit"), dict(input_ids=m.ids, attention_mask=m.there), 2)

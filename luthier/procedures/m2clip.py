@@ -46,6 +46,7 @@ class Multitask(nn.Module):
             s = found[f"text.block.{n}.{r}"]
             self.register_buffer(r.replace(".", "_"), s.W.clone(), persistent=False)
             self.register_buffer(r.replace(".", "_") + "_b", None if s.b is None else s.b.clone(), persistent=False)
+        self.eps = getattr(found[f"text.block.{n}.attn.norm"].module, "eps", 1e-5)
         self.n_heads = found[f"text.block.{n}.attn"].heads[0]
         mlp = found[f"text.block.{n}.mlp.out"].module
         self.act = copy.deepcopy(next(m for m in mlp.children() if not [*m.parameters()]))
@@ -57,7 +58,8 @@ class Multitask(nn.Module):
             self.decoder = nn.ModuleDict(dict(
                 fc=nn.Linear(e, len(ids)), down=nn.Linear(d, width), up=nn.Linear(width, d), dense=nn.Linear(d, d),
                 norm=nn.LayerNorm(d), fill=nn.Linear(d, len(self.words)), **{} if e == d else dict(match=nn.Linear(e, d))))
-        nn.init.zeros_(self.decoder["up"].weight)
+        for tensor in (self.decoder["down"].bias, *self.decoder["up"].parameters()):
+            nn.init.zeros_(tensor)
         self.decoder.to(ids.device, next(clip.parameters()).dtype)
 
     @property
@@ -126,7 +128,7 @@ class Multitask(nn.Module):
         return x + F.linear(n, self.mlp_down, self.mlp_down_b)
 
     def normed(self, x, r):
-        return F.layer_norm(x, x.shape[-1:], getattr(self, r + "_norm")[:, 0], getattr(self, r + "_norm_b"))
+        return F.layer_norm(x, x.shape[-1:], getattr(self, r + "_norm")[:, 0], getattr(self, r + "_norm_b"), self.eps)
 
 
 def kl(s, target):

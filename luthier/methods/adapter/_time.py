@@ -11,9 +11,10 @@ def clips(t, x):                           # (B N, ...) -> (B, N, ...)
 
 def grid(t, name):
     """Rows and columns of the patches behind the special tokens."""
-    n, H, W = t.h.shape[1] - t.fixed, *(t.given.shape[-2:] if t.given is not None and t.given.dim() > 3 else (1, 1))
+    pixels = t.given is None or t.given.dim() > 3           # a block that runs again is not told: its map is taken for a square
+    n, H, W = t.h.shape[1] - t.fixed, *(t.given.shape[-2:] if t.given is not None and pixels else (1, 1))
     rows = round((n * H / W) ** 0.5)
-    if rows == 0 or n % rows:
+    if not pixels or rows == 0 or n % rows:
         raise DoesNotFit(f"{name} reads patches as a map, and {n} tokens are no map of {H} by {W} pixels. Use a model whose "
                          "stream is the grid of patches, and nothing that merges or drops tokens.")
     return rows, n // rows

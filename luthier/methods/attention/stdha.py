@@ -20,8 +20,8 @@ class stdha(Method):
 
     def init(self, site):                  # trains nothing
         if len(self.shift) > site.heads[1]:
-            raise DoesNotFit(f"stdha(shift={self.shift}) names {len(self.shift)} heads; {site.name} has {site.heads[1]} of keys and "
-                             "values. Shift fewer.")
+            raise DoesNotFit(f"stdha(shift={self.shift}) names {len(self.shift)} heads; {site.name} has {site.heads[1]} of keys "
+                             "and values. Shift fewer.")
         return {}
 
     def attend(self, a, p):                # a.k, a.v: (B N, H, S, Dh), the N frames of a clip in turn

@@ -1,7 +1,7 @@
 """A learned place in time for every token of a frame.    h_t' = h_t + e_t,    e: (frames, D) = 0 at init
-As ZeroI2V (arXiv:2310.01324, the authors' vit_zero_clip.py: `temporal_embedding`) and most video transformers have it. It is added
-to the stream as it enters the blocks: behind CLIP's first norm, where the authors add it before that norm. Clips of fewer frames
-use the first places.
+As ZeroI2V (arXiv:2310.01324, the authors' vit_zero_clip.py: `temporal_embedding`) and most video transformers have it. It is
+added to the stream as it enters the blocks: behind CLIP's first norm, where the authors add it before that norm. Clips of fewer
+frames use the first places.
 """
 
 from luthier.errors import DoesNotFit

@@ -25,7 +25,7 @@ def tapped(t, p):
     """{name: (B, T, w)} of everything read so far; p.taps: how many there must be."""
     found = {k: v for k, v in t.lanes.items() if k.startswith(p.key + "@")}
     if len(found) != p.taps:
-        raise DoesNotFit(f"{p.key.partition(':')[2]} fuses {p.taps} layers at {p.site_name}, and {len(found)} have come: the blocks "
+        raise DoesNotFit(f"{p.key.partition(':')[2]} fuses {p.taps} layers at {p.site_name}, and {len(found)} have come: blocks "
                          "of this model change the number of its tokens. Use it on a model whose stream keeps its length.")
     return found
 

@@ -34,7 +34,8 @@ class dist(Method):
     def init(self, site):
         d, w, stack = site.d_out, max(4, site.d_out // self.reduce), site.stack
         v, s = w // 4, _Fresh(site)
-        patch = next((m for m in stack.module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)), None)
+        convs = (m for m in stack.module.modules() if isinstance(m, nn.Conv2d))
+        patch = next((m for m in convs if m.kernel_size == m.stride != (1, 1)), None)
         if patch is None:
             return None                    # no tower that looks at patches
         if site.role == "embed":
