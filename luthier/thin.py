@@ -48,12 +48,12 @@ def _seed():
     return int(torch.empty((), dtype=torch.int64).random_())                # from torch's generator: checkpointing replays it
 
 
-def _drop(x, p, seed):
-    """x with a share p of its numbers 0, decided by 16 random bits each."""
+def _dropping(x, p, seed):
+    """A function that zeroes a share p of the numbers of any tensor like x, each time the same: 16 random bits decide each."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits.random_(-2**63, None, generator=torch.Generator(x.device).manual_seed(seed))
-    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
-    return torch.ge(bits, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(x)).mul_(x)
+    bits, least = bits.view(torch.int16)[:x.numel()].view(x.shape), min(round(p * 2**16), 2**16 - 1) - 2**15
+    return lambda t: torch.ge(bits, least, out=torch.empty_like(t)).mul_(t)
 
 
 class _Down(Function):
@@ -62,7 +62,9 @@ class _Down(Function):
 
     @staticmethod
     def forward(x, A, p, seed):
-        return x.view_as(x), _drop(x, p, seed) @ (_grown(p) * A).T if p else x @ A.T      # those that stay make up for the others
+        if not p:
+            return x.view_as(x), x @ A.T
+        return x.view_as(x), _dropping(x, p, seed)(x) @ (_grown(p) * A).T          # those that stay make up for the others
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -75,11 +77,12 @@ class _Down(Function):
         (x, A), p, gA = ctx.saved_tensors, ctx.how[0], None
         if gh is None:
             return gx, None, None, None
+        drop = _dropping(x, *ctx.how) if p else None
         if ctx.needs_input_grad[1]:
-            gA = _grown(p) * (gh.T @ _drop(x, *ctx.how)) if p else gh.T @ x
+            gA = _grown(p) * (gh.T @ drop(x)) if p else gh.T @ x
         if ctx.needs_input_grad[0] and p:
-            through = _drop(gh @ (_grown(p) * A), *ctx.how)
-            gx = through if gx is None else gx + through
+            through = drop(gh @ (_grown(p) * A))
+            gx = through if gx is None else through.add_(gx)
         elif ctx.needs_input_grad[0]:
             add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
             gx = gh @ A if gx is None else add(gx, gh, A)

@@ -111,12 +111,12 @@ def test_dropout_is_what_it_says_and_keeps_no_mask():
     torch.manual_seed(0)
     for p in (0.05, 0.5, 1.0):
         x = torch.ones(200, 300)
-        y = thin._drop(x, p, 7)
+        y = thin._dropping(x, p, 7)(x)
         kept = y != 0
-        assert abs(float(kept.float().mean()) - (1 - p)) < 0.01 and torch.equal(y, thin._drop(x, p, 7))
+        assert abs(float(kept.float().mean()) - (1 - p)) < 0.01 and torch.equal(y, thin._dropping(x, p, 7)(x))
         assert torch.equal(y[kept], x[kept])
         if p < 1:
-            assert not torch.equal(kept, thin._drop(x, p, 8) != 0)
+            assert not torch.equal(kept, thin._dropping(x, p, 8)(x) != 0)
     tuned = stirred(Three().double(), "lora(at='attn.q', rank=3, dropout=0.5)")
     x, p = torch.randn(6, 12, dtype=torch.float64), next(iter(tuned.states.values()))
     state = torch.get_rng_state()
@@ -125,7 +125,7 @@ def test_dropout_is_what_it_says_and_keeps_no_mask():
     torch.set_rng_state(state)
     seed, m = thin._seed(), tuned.model
     h = x.tanh()
-    q = m.q.weight @ h.T + m.q.bias[:, None] + 2 * 16 / 3 * p.B @ p.A @ thin._drop(h, 0.5, seed).T
+    q = m.q.weight @ h.T + m.q.bias[:, None] + 2 * 16 / 3 * p.B @ p.A @ thin._dropping(h, 0.5, seed)(h).T
     want = nn.functional.linear(q.T * nn.functional.linear(h, m.k.weight, m.k.bias).sigmoid()
                                 + nn.functional.linear(h, m.v.weight, m.v.bias), m.o.weight, m.o.bias)
     close(out, want)
