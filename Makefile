@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 	$(BIN)/luthier demo --out demo-out
 
 test: $(VENV)/.test
-	$(if $(DATA),LUTHIER_DATA="$(DATA)") OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests $(PYTEST)
+	$(if $(DATA),LUTHIER_DATA="$(DATA)") OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests $(PYTEST)
 
 bench: $(VENV)/.test
 	$(if $(DATA),LUTHIER_DATA="$(DATA)") $(BIN)/python -m benchmarks $(BENCH)
