@@ -67,18 +67,20 @@ KINDS = {"products": ("mm", "addmm", "addmm_", "bmm"), "element by element, what
     "mul", "add", "add_", "silu", "gelu", "pow", "mean", "rsqrt", "sub", "mul_"), "copies": ("copy_", "cat", "fill_", "clone")}
 
 
-def _more(fn, than, times=8):
-    """{kind of operator: milliseconds of fn() above than()'s, in themselves}, as PyTorch's profiler counts them."""
+def _more(fn, than, rounds=9):
+    """{kind of operator: milliseconds of fn() above than()'s, in themselves}: PyTorch's profiler, in turns, the median round."""
     from torch.profiler import ProfilerActivity, profile
 
-    kinds, found = {f"aten::{op}": kind for kind, ops in KINDS.items() for op in ops}, Counter()
-    for run, sign in ((fn, 1), (than, -1)):
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            for _ in range(times):
+    kinds, found = {f"aten::{op}": kind for kind, ops in KINDS.items() for op in ops}, []
+    for _ in range(rounds):
+        more = dict.fromkeys([*KINDS, "the rest (Python, the engine of autograd)"], 0.0)
+        for run, sign in ((fn, 1), (than, -1)):
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
                 run()
-        for e in seen.key_averages():
-            found[kinds.get(e.key, "the rest")] += sign * e.self_cpu_time_total / 1e3 / times
-    return dict(found.most_common())
+            for e in seen.key_averages():
+                more[kinds.get(e.key, [*more][-1])] += sign * e.self_cpu_time_total / 1e3
+        found.append(more)
+    return {kind: statistics.median(more[kind] for more in found) for kind in found[0]}
 
 
 def step(rounds=21, width=512, layers=6, rows=4, tokens=128, rank=8, dtype=torch.float32, dropouts=(0.0, 0.05)):
