@@ -355,3 +355,26 @@ def test_every_way_trains_all_of_its_connector_and_nothing_else(way):
 def test_ways_inside_a_decoder_refuse_others(way):
     with pytest.raises(DoesNotFit, match="decoder"):
         made("t5", way=way)
+
+
+# -- mBLIP: a connector moved to another language model ----------------------------------------------------------------------
+
+
+def test_a_connector_moves_to_another_language_model():
+    from luthier.procedures.realign import realign
+    m, b = made(), given("llama")
+    tuned = luthier.attach(m, 'full(at="connector")')
+    with torch.no_grad():
+        for _, p in tuned.trainable():
+            p.add_(1.0)
+    front, other = m.connector.map.weight + 1, deep()
+    new = realign(tuned, other)
+    assert torch.equal(new.connector.map.weight, front) and new.carried == ["map.bias", "map.weight"]
+    assert new.language is other and torch.equal(new.draw(3).connector.map.weight, front)
+    assert not torch.equal(m.connector.map.weight, front) and tuned(**b).logits.isfinite().all()       # the old one is as it was
+    again = luthier.attach(new, 'full(at="connector") >> lora(rank=2, at="text.attn.q")')
+    assert len(again.trainable()) == 2 + 2 * 6
+    import transformers as t
+    wide = t.LlamaForCausalLM(t.LlamaConfig(**tiny.TEXT, **tiny.WIDTH | dict(hidden_size=48, num_hidden_layers=1)))
+    with pytest.raises(DoesNotFit, match="width 32.*has 48"):
+        realign(tuned, wide)

@@ -49,7 +49,7 @@ class Bridged(nn.Module):
         super().__init__()
         from ..site import Stack, sites
 
-        self.vision, self.language, self.way = vision, language, way
+        self.vision, self.language, self.way, self.trained = vision, language, way, False
         self.eyes, self.pen = ((sites(m).stacks or (Stack("", m, ""),))[-1] for m in (vision, language))
         self.side = side or _side(vision)
         self.takes = frozenset(inspect.signature(language.forward).parameters)
@@ -75,7 +75,9 @@ class Bridged(nn.Module):
         return made.to(like.device, like.dtype)
 
     def draw(self, seed):
-        """The connector as it starts from another seed."""
+        """The connector as it starts from another seed; one that is trained stays."""
+        if self.trained:
+            return self
         self.connector.load_state_dict(self._fresh(seed).state_dict())
         return self
 
@@ -90,8 +92,8 @@ class Bridged(nn.Module):
 
     @property
     def fresh(self):
-        """What starts untrained, and the chain that trains it where no other does."""
-        return self.connector, 'full(at="connector")'
+        """What starts untrained, and the chain that trains it where no other does; None where nothing does."""
+        return None if self.trained else (self.connector, 'full(at="connector")')
 
     def still(self):
         """Whether nothing tunes the eyes: what they see may then be computed once."""
