@@ -45,6 +45,7 @@ class Plan:
 class Run:
     """What `loss` and `step` verbs see. states: site name -> p; k: optimizer steps so far; total: planned steps, or None;
     optimizer: the one that just stepped, where `step` was given it; outputs: of the training forward that the loss belongs to;
+    batch: what was trained on, labels too, where the training loop says it (luthier.train, or labels given to the model);
     bare(): what the model without this attachment gives for the same inputs, in the same mode, without a graph."""
 
     states: dict
@@ -54,6 +55,7 @@ class Run:
     sites: dict = field(default_factory=dict)
     optimizer: object = None
     bare: object = None
+    batch: dict = field(default_factory=dict)
 
 
 def base_of(model):
@@ -324,7 +326,7 @@ class Tuned(nn.Module):
         keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed
         with nullcontext() if keep_all else lean():
             out = self.model(*args, **kwargs)
-        if self.training and torch.is_grad_enabled() and any(m.has("loss") for m in self.chain):
+        if self.training and self.active and torch.is_grad_enabled() and any(m.has("loss") for m in self.chain):
             self._last.update(args=args, kwargs=kwargs, out=out)
         if self.training and getattr(out, "loss", None) is not None and any(m.has("loss") for m in self.chain):
             out["loss"] = out["loss"] + self.penalty(out)
@@ -398,19 +400,20 @@ class Tuned(nn.Module):
         """(name, Parameter) of the states, each once."""
         return [(n, p) for n, p in self.states.named_parameters() if p.requires_grad]
 
-    def _run(self, number, outputs=None, optimizer=None):
+    def _run(self, number, outputs=None, optimizer=None, batch=None):
         found = {s.name: s for s in self._plan.steps[number].sites}
         outputs = self._last.get("out") if outputs is None else outputs
-        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer, self._bare if self._last else None)
+        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer, self._bare if self._last else None,
+                   {**self._last.get("kwargs", {}), **(batch or {})})
 
     def _bare(self):
         with torch.no_grad(), self.off():
             return self.model(*self._last["args"], **self._last["kwargs"])
 
-    def penalty(self, outputs=None):
-        """The sum of the chain's extra loss terms; 0.0 when it has none."""
+    def penalty(self, outputs=None, batch=None):
+        """The sum of the chain's extra loss terms; 0.0 when it has none. `batch`: what was trained on, for terms that need labels."""
         try:
-            return sum((m.loss(self._run(i, outputs)) for i, m in enumerate(self.chain) if m.has("loss")), 0.0)
+            return sum((m.loss(self._run(i, outputs, batch=batch)) for i, m in enumerate(self.chain) if m.has("loss")), 0.0)
         finally:
             self._last.clear()
 

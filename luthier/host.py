@@ -108,6 +108,23 @@ class Host:
         places = [*self.patches.values(), *self.ports.values()]
         return any(e.owner.active and (e.module in modules or e.site.module in modules) for p in places for e in p.entries)
 
+    @contextmanager
+    def asleep(self):
+        """Within, the model runs bare, also in the middle of a forward: what ports and stacks hold is put back afterwards."""
+        places = [*self.patches.values(), *self.ports.values(), *self.stacks.values()]
+        held, awake = [(x, dict(x.__dict__)) for x in places], [o for o in self.owners if o.active]
+        try:
+            for o in awake:
+                o.active = False
+            self.refresh()
+            yield
+        finally:
+            for o in awake:
+                o.active = True
+            self.refresh()
+            for x, before in held:
+                x.__dict__.update(before)
+
     # -- the tokens of the running forward ------------------------------------------------------------------------
     def run(self, stack):
         s = self.stacks.get(stack.module) if stack is not None else None
@@ -140,7 +157,7 @@ class Entry:
     def p(self):
         if self.method.has("produce"):
             offered = getattr(self.owner.base, "context", None)             # what the model itself knows in this forward
-            ctx = {**offered, **self.owner.context} if isinstance(offered, dict) else self.owner.context
+            ctx = {**(offered if isinstance(offered, dict) else {}), "asleep": Host.of(self.owner.base).asleep, **self.owner.context}
             return Overlay(self.state, self.method.produce(ctx, self.state))
         return self.state
 

@@ -22,9 +22,10 @@ The verbs are pure functions of the state `p`, and each takes, by name, only wha
     loss(run)                extra training term
     step(run)                schedule, after every optimizer step while the gradients are still there
     produce(ctx, p)          state produced from a context, laid over p: tuned.context, and what the model itself offers in the
-                             running forward as its attribute `context`, a dict (a classifier by names: {"image": its features}).
-                             A method whose state depends on the task has a field `tasks`, filled with the names of the data's
-                             tasks where it is empty; the context then names one under "task", see `chosen`
+                             running forward as its attribute `context`, a dict (a classifier by names: {"image": its features});
+                             within ctx["asleep"]() the model runs bare. A method whose state depends on the task has a field
+                             `tasks`, filled with the names of the data's tasks where it is empty; the context then names one
+                             under "task", see `chosen`
 """
 
 import ast

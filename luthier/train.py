@@ -168,8 +168,8 @@ class _Run:
     def _loss(self, batch, part, rows):
         with self.accelerator.autocast():
             if ranks.world() == 1:
-                return self.task.loss(self.tuned, batch) + self.tuned.penalty()
-            return part * self.task.loss(self.tuned, batch) + rows * self.tuned.penalty()
+                return self.task.loss(self.tuned, batch) + self.tuned.penalty(batch=batch)
+            return part * self.task.loss(self.tuned, batch) + rows * self.tuned.penalty(batch=batch)
 
     def _update(self, loss):
         self.accelerator.backward(loss)
