@@ -407,7 +407,7 @@ def test_ramt_by_hand(tmp_path):
     assert len(masks) == 8
     for p in masks:
         p.data.copy_(-0.02 * (torch.rand(p.shape, generator=g) < 0.5))
-    texts = other.speak().detach()
+    texts = F.normalize(other.speak().detach(), dim=-1)
 
     def plain(real):                                     # another model, with masked weights in place of its own
         masked = {n: w * r for (n, w), r in zip(own.items(), real, strict=True)}
@@ -455,3 +455,80 @@ def test_a_loss_may_ask_what_the_bare_model_says():
     assert torch.equal(run.outputs.logits, out) and torch.equal(run.bare().logits, want) and not torch.equal(out, want)
     tuned.penalty()
     assert tuned._run(0).bare is None                    # nothing of a step is kept behind it
+
+
+
+# -- DPT --------------------------------------------------------------------------------------------------------------
+
+
+def test_dpt_by_hand():
+    """CoOp in the text, VPT below, and in the last block prompts made from the texts that the bare model likes best."""
+    names = ["red flat", "slow quick round", "blue", "round quick"]
+    m, x, y, other = model(names), pixels(5), torch.tensor([0, 1, 2, 3, 0]), model(names)
+    tuned = attach(m, "dpt(n=3, prompts=2, k=2, alpha=0.7)")
+    assert [type(s.method).__name__ for s in tuned._plan.steps] == ["coop", "vpt", "cavpt"]
+    with torch.no_grad():
+        for n, p in tuned.trainable():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))))
+    tuned.train()
+    logits = tuned(pixel_values=x).logits
+    penalty = tuned.penalty(batch={"labels": y})
+    state = {n.split("@")[0][2:] + n.rpartition(".")[2]: p.detach() for n, p in tuned.trainable()}
+    with torch.no_grad():
+        top = other(x).logits.topk(2).indices
+        rows = [torch.cat([look_up(other, [2]), state["coopP"], look_up(other, [*ids(other, n)[1:-1], 7, 3])]) for n in names]
+        raw, text = [], other.dual.text_model
+        for row in rows:
+            h = row[None] + text.embeddings.position_embedding.weight[:len(row)]
+            for layer in text.encoder.layers:
+                h = layer(h, torch.full((len(row), len(row)), -torch.inf).triu(1)[None, None])
+                h = h[0] if isinstance(h, tuple) else h
+            raw.append(other.dual.text_projection(text.final_layer_norm(h)[0, -1]))
+        raw, vision, c = torch.stack(raw), other.dual.vision_model, {k[5:]: v for k, v in state.items() if k.startswith("cavpt")}
+        h = vision.pre_layrnorm(vision.embeddings(x))
+        low, high = vision.encoder.layers
+
+        def run(block, h, prompts):
+            out = block(torch.cat([h[:, :1], prompts, h[:, 1:]], 1), None)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.cat([out[:, :1], out[:, 1 + prompts.shape[1]:]], 1)
+        h = run(low, h, state["vptP"].expand(5, -1, -1))
+        query = raw[top] @ c["M"].T + c["m"]
+        keys = torch.cat([h, c["free"].expand(5, -1, -1)], 1)
+        near = ((query @ c["q"].T) @ (keys @ c["k"].T).transpose(1, 2) / 32**0.5).softmax(-1)
+        made = near @ keys @ c["v"].T
+
+        def norm(v, gain, bias):
+            v = v - v.mean(-1, keepdim=True)
+            return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+        said = norm(made, c["g1"], c["b1"]) @ c["C"].T
+        h = run(high, h, norm(made + query, c["g2"], c["b2"]))
+        f = F.normalize(other.dual.visual_projection(vision.post_layernorm(h[:, 0])), dim=-1)
+        agree(logits, other.logit_scale.exp() * f @ F.normalize(raw, dim=-1).T)
+        hits = [(b, j) for b in range(5) for j in range(2) if top[b, j] == y[b]]
+        assert 0 < len(hits) < 5
+        agree(penalty, 0.7 * sum(-said[b, j].log_softmax(-1)[y[b]] for b, j in hits) / len(hits))
+    (F.cross_entropy(logits, y) + penalty).backward()
+    assert all(p.grad is not None and p.grad.any() for _, p in tuned.trainable())
+    assert (made[0] - made[1]).abs().max() > 1e-3        # prompts differ between images
+    assert tuned.penalty() == 0.0                        # without labels there is nothing to say
+
+
+def test_what_waits_for_itself_is_refused():
+    with pytest.raises(DoesNotFit, match="wait for each other"):
+        attach(model(), "cocoop(n=2, reduce=4) >> cavpt(k=2)")(pixel_values=pixels())
+    with pytest.raises(DoesNotFit, match="has no classes"):
+        attach(tiny.build("clip"), "cavpt()")
+
+
+def test_the_example(tmp_path, monkeypatch, capsys, folder):
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("few_shot_coop", Path(__file__).parents[1] / "examples" / "few_shot_coop.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.chdir(tmp_path)
+    before, after = example.main("scenes:classify-shape", folder, shots=2, steps=2)
+    said = capsys.readouterr().out
+    assert f"zero-shot: {before:.1%}" in said and "256 trained numbers" in said and (tmp_path / "coop-state").is_dir()

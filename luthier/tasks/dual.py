@@ -3,7 +3,9 @@
     logits(x) = exp(s) cos(f(x), g(t_c)) [+ b],    t_c = template with the name of class c in it
 
 f and g are the image and text towers with their projections (CLIP 2103.00020 §3.1.4; SigLIP adds a bias). What the towers do in a
-forward is on offer to methods as the context: functions that compute each part once, in whatever order they are asked for.
+forward is on offer to methods as the context: `image()`, the images' unit features (B, d), and `texts()`, features of the texts
+(C, d), in whatever order they are asked for; `scores()`, all cosines (B, C), of the bare towers where it is asked for asleep. Each is
+computed once a forward.
 """
 
 import torch
@@ -48,15 +50,16 @@ class Named(nn.Module):
         return F.normalize(_vector(self.dual.get_image_features(pixel_values=pixel_values)), dim=-1)
 
     def speak(self):
-        """Unit vectors of the texts, (C, d), or (B C, d) where a method made texts of its own for each image."""
+        """Features of the texts, (C, d), or (B C, d) where a method made texts of its own for each image."""
         n = self.old if self.training else len(self.texts)
         mask = {} if self.mask is None else {"attention_mask": self.mask[:n]}
-        return F.normalize(_vector(self.dual.get_text_features(input_ids=self.texts[:n], **mask)), dim=-1)
+        return _vector(self.dual.get_text_features(input_ids=self.texts[:n], **mask))
 
     def forward(self, pixel_values, labels=None):
-        self.context.update(image=_once("image", lambda: self.images(pixel_values)), texts=_once("texts", self.speak))
+        self.context.update(image=_once("image", lambda: self.images(pixel_values)), texts=_once("texts", self.speak),
+                            scores=_once("scores", lambda: self.images(pixel_values) @ F.normalize(self.speak(), dim=-1).T))
         try:
-            x, t = self.context["image"](), self.context["texts"]()
+            x, t = self.context["image"](), F.normalize(self.context["texts"](), dim=-1)
         finally:
             self.context.clear()
         n = self.old if self.training else len(self.texts)

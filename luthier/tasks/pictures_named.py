@@ -1,5 +1,5 @@
 """Scenes for dual encoders, 64 pixels a side, as tables: one shape and its name, or several and a caption. The names of scenes.STYLES
-make shifted domains; the pairs that `scenes.novel` holds out make unseen compositions."""
+make shifted domains; every other pair of colour and shape is unseen where old and new ones are told apart."""
 
 from functools import partial
 
@@ -10,20 +10,20 @@ SIDE = 64
 SIZES = {"train": 1600, "val": 300, "test": 600}         # a part of many domains has a share of each
 
 
-def named(seed, style="plain", what="pair", split="all", domains=(), new=(), metric=None):
-    """Pictures of one shape. split: of training (with "seen" the pairs are told as attribute and object, too); domains: styles of the
-    test part; new: names that only the test part shows."""
+def named(seed, style="plain", what="pair", domains=(), new=(), parts=False, metric=None):
+    """Pictures of one shape. domains: styles of the test part; new: names that only the test part shows; parts: whether colour and
+    shape are told as attribute and object, too."""
     found, start = {}, 0
     for part, n in SIZES.items():
         rows, kinds = [], domains if domains and part == "test" else [style]
         for i in range(start, start + n):
-            s, kind = scenes.scene(i, seed, SIDE, 1, 1, split if part == "train" else "all"), kinds[i % len(kinds)]
+            s, kind = scenes.scene(i, seed, SIDE, 1, 1), kinds[i % len(kinds)]
             shape, = s.shapes
             name = f"{shape.colour} {shape.shape}" if what == "pair" else getattr(shape, what)
             if part == "test" or name not in new:
                 rows.append((s.image(kind), name, shape.colour, shape.shape, kind))
         start += n
-        names = ("image", "label", *(("attribute", "object") if split == "seen" else (None, None)), "domain" if domains else None)
+        names = ("image", "label", *(("attribute", "object") if parts else (None, None)), "domain" if domains else None)
         columns = {k: list(v) for k, v in zip(names, zip(*rows, strict=True), strict=True) if k}
         found[part] = Table(columns, "scenes", None, part)
     return Data("scenes", found, [], None, {k: k for k in names if k}, "class-names", metric)
@@ -47,6 +47,7 @@ SETS = {
     "scenes:classify-size": partial(named, what="size"),
     "scenes:classify-base-new": partial(named, new=PAIRS[1::2], metric="harmonic"),       # every other pair is only in the test
     "scenes:classify-shift": partial(named, domains=scenes.STYLES),   # trained on plain pictures
-    "scenes:compose": partial(named, split="seen", metric="auc"),
+    "scenes:compose": partial(named, new=PAIRS[1::2], parts=True, metric="auc"),
+    "scenes:compose-outline": partial(named, style="outline", new=PAIRS[1::2], parts=True, metric="auc"),
     "scenes:retrieval": told,
 } | {f"scenes:classify-{k}": partial(named, style=k) for k in scenes.STYLES[1:]}
