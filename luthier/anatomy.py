@@ -265,7 +265,8 @@ def scan(model):
         s.causal = s.causal or s.embed == "ids" and (speaks or s.name == "decoder" and s.cross)
         last, dot = s.final_module if s.final_module is not None else s.blocks[-1], s.name + "." if s.name else ""
         looked = [("words", s.words_module, "out", width, (start, -4))] if s.words_module is not None else []
-        for name, m, layout, d, key in (*looked, ("embed", s.embed_module, "in" if s.embed == "in" else "out", width, (start, -3)),
+        for name, m, layout, d, key in (*looked,
+                                        ("embed", s.embed_module, "in" if s.embed == "in" else "out", width, (start, -3)),
                                         ("final", last, "out", s.dim, (max(ends[path_of[id(last)]], end), 9))):
             found.append((key, Site(dot + name, "stream", m, path_of[id(m)], name, s.name, layout, d_in=d, d_out=d, stack=s)))
     return named([s for _, s in sorted(found, key=lambda f: f[0])]), model, tuple(stacks)

@@ -403,15 +403,16 @@ class Tuned(nn.Module):
     def _run(self, number, outputs=None, optimizer=None, batch=None):
         found = {s.name: s for s in self._plan.steps[number].sites}
         outputs = self._last.get("out") if outputs is None else outputs
-        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer, self._bare if self._last else None,
-                   {**self._last.get("kwargs", {}), **(batch or {})})
+        bare, given = self._bare if self._last else None, {**self._last.get("kwargs", {}), **(batch or {})}
+        return Run(self._states_of[number], self.k, self.total_steps, outputs, found, optimizer, bare, given)
 
     def _bare(self):
         with torch.no_grad(), self.off():
             return self.model(*self._last["args"], **self._last["kwargs"])
 
     def penalty(self, outputs=None, batch=None):
-        """The sum of the chain's extra loss terms; 0.0 when it has none. `batch`: what was trained on, for terms that need labels."""
+        """The sum of the chain's extra loss terms; 0.0 when it has none. `batch`: what was trained on, for terms that need
+        labels."""
         try:
             return sum((m.loss(self._run(i, outputs, batch=batch)) for i, m in enumerate(self.chain) if m.has("loss")), 0.0)
         finally:

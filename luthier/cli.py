@@ -454,7 +454,7 @@ def zoo(a):
         if not a.name or not a.out:
             raise LuthierError("Say which model and where to: luthier zoo train tiny-clip --out DIR")
         scores = train(a.name, a.out, say=lambda text: print(text, file=sys.stderr))
-        _print([{"zero-shot": k, "accuracy": v} for k, v in scores.items()], {"zero-shot": "zero-shot", "accuracy": "accuracy"}, a.json)
+        _print([{"zero-shot": k, "accuracy": v} for k, v in scores.items()], {k: k for k in ("zero-shot", "accuracy")}, a.json)
         return
     _print(entries(), {"name": "name", "kind": "kind", "what": "what", "licence": "licence",
                        "size": lambda r: f"{r['parameters'] / 1e6:.3g}M",

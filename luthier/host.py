@@ -157,7 +157,8 @@ class Entry:
     def p(self):
         if self.method.has("produce"):
             offered = getattr(self.owner.base, "context", None)             # what the model itself knows in this forward
-            ctx = {**(offered if isinstance(offered, dict) else {}), "asleep": Host.of(self.owner.base).asleep, **self.owner.context}
+            offered = offered if isinstance(offered, dict) else {}
+            ctx = {**offered, "asleep": Host.of(self.owner.base).asleep, **self.owner.context}
             return Overlay(self.state, self.method.produce(ctx, self.state))
         return self.state
 
@@ -551,7 +552,7 @@ class StackPort:
         s, port.ready, ids = self.stack, None, kwargs.pop("input_ids", None)
         if ids is None:
             ids, args = args[0], args[1:]
-        mask, most = kwargs.get("attention_mask"), getattr(s.module.config, "max_position_embeddings", None) or ids.shape[1] + 9999
+        mask, most = kwargs.get("attention_mask"), getattr(s.module.config, "max_position_embeddings", None) or 10**9
         lanes = {"ids": ids[..., None]} | ({} if mask is None else {"mask": mask.bool()[..., None]})
         t = Tokens(s.words_module(ids), lanes, fixed=1 if s.causal else s.fixed, causal=s.causal)
         for e in port.live:
@@ -561,8 +562,8 @@ class StackPort:
             t = replace(t, h=torch.cat([t.h, s.words_module(pad[..., 0])], 1), lanes={"ids": torch.cat([t.lanes["ids"], pad], 1)})
         ids = t.lanes["ids"][..., 0]
         if ids.shape[1] > most and not (ids[:, most - 1:] == ids[:, -1:]).all():
-            raise DoesNotFit(f"{type(port.live[-1].method).__name__} makes texts of {ids.shape[1]} tokens at {port.site.name}, and "
-                             f"the model has {most} positions. Insert fewer tokens, or give shorter texts.")
+            raise DoesNotFit(f"{type(port.live[-1].method).__name__} makes texts of {ids.shape[1]} tokens at {port.site.name}, "
+                             f"and the model has {most} positions. Insert fewer tokens, or give shorter texts.")
         port.ready, kwargs["input_ids"] = t.h[:, :most], ids[:, :most]
         if mask is not None:
             kwargs["attention_mask"] = t.lanes["mask"][:, :most, 0].to(mask.dtype)

@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes on a canvas, with everything that can be asked of them. Scene i of a seed is the same on
 every machine: randomness comes from `random.Random(text).random()`, whose values Python guarantees, and drawing is arithmetic.
 
-    s = scene(7, seed=0, size=64)        s.image()      uint8 (64, 64, 3);  s.image("outline"): the same scene in another of STYLES
+    s = scene(7, seed=0, size=64)        s.image()      uint8 (64, 64, 3);  s.image("outline"): the same in another of STYLES
     s.caption()    "a small red circle and a large blue square"
     s.boxes()      int (n, 4), x0 y0 x1 y1, the last two exclusive; s.masks(): bool (n, 64, 64); s.labels(): int (n,), the shapes
     s.questions()  [Question("count", "How many red shapes are there?", "2"), ...]
@@ -40,7 +40,7 @@ class Shape:
         return f"{self.size} {self.colour} {self.shape}"
 
     def covers(self, size, share=1.0):
-        """float (size, size): the share of each pixel that the shape covers; share=0.6: of the shape shrunk to 0.6 of its size."""
+        """float (size, size): the share of each pixel that the shape covers; share=0.6: of the shape shrunk to 0.6 of itself."""
         half, at = SIZES[self.size] * share, (np.arange(size * FINE) + 0.5) / (size * FINE)
         across, down = (slice(max(0, int((c - half) * size) - 1), max(0, int((c + half) * size) + 2)) for c in (self.x, self.y))
         u, v = ((at[w.start * FINE:w.stop * FINE] - c) / half for w, c in ((across, self.x), (down, self.y)))

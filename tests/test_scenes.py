@@ -97,7 +97,8 @@ def test_bad_arguments_say_what_is_right():
 
 
 def test_styles_move_nothing():
-    """A style draws the same shapes elsewise, the same way each time, and the plain one is the picture without a word on style."""
+    """A style draws the same shapes elsewise, the same way each time, and the plain one is the picture without a word on
+    style."""
     for style in STYLES:
         s = scene(6, seed=2, most=4)
         image = s.image(style)

@@ -1,4 +1,5 @@
-"""What the runners on dual encoders share: chains trained on a class-names task whose data, few shots and start are a seed's own."""
+"""What the runners on dual encoders share: chains trained on a class-names task whose data, few shots and start are a seed's
+own."""
 
 from luthier import tasks
 from luthier.evidence import _bench
@@ -11,8 +12,8 @@ def task(data, seed, shots=16, **options):
 
 
 def arms(make, chains, seeds, steps, batch=16, rates=_bench.RATES, after=None):
-    """As `_bench.arms`, for models without a new head; make(seed) -> task. `none` is scored as it is. Besides the task's own metric,
-    every other one of the test split is stored as `name.metric`."""
+    """As `_bench.arms`, for models without a new head; make(seed) -> task. `none` is scored as it is. Besides the task's own
+    metric, every other one of the test split is stored as `name.metric`."""
     per_seed, facts = {}, {"learning_rate": {}, "trained_parameters": {}, "steps": steps, "batch": batch}
     tried = {}
     for name, chain in chains.items():

@@ -1,5 +1,6 @@
-"""CoCoOp against CoOp on tiny-clip: half the pairs of colour and shape are only in the test. Zhou et al., 2022, arXiv:2203.05557.
-Both start from the words "a photo of a", as the authors do; sixteen shots of the twenty old classes."""
+"""CoCoOp against CoOp on tiny-clip: half the pairs of colour and shape are only in the test, all are drawn in outline, a style it
+never saw. Zhou et al., 2022, arXiv:2203.05557. Both start from the words "a photo of a", as the authors do; sixteen shots of the
+twenty old classes."""
 
 import torch
 
@@ -10,7 +11,7 @@ SYSTEM, METHODS, SEEDS, MINUTES = "A009", ("cocoop",), (0, 1, 2), 15
 CLAIM = "New-class accuracy and the harmonic mean beat CoOp's; without its net it is CoOp"
 BASELINE = "coop with the same start; zero-shot beside"
 MODEL = "tiny-clip (1.3M)"
-DATA = "scenes:classify-base-new, 64 px, 20 old and 20 new classes: 16 shots of the old ones, 400 test images"
+DATA = "scenes:classify-base-new-outline, 64 px, 20 old and 20 new classes: 16 shots of the old ones, 400 test images"
 WORDS = 'words="a photo of a"'
 CHAINS = {"zero-shot": "none", "coop": f"coop({WORDS})", "cocoop": f"cocoop({WORDS})"}
 
@@ -30,7 +31,7 @@ def bare_gap(task):
 
 def run(seeds, steps=80):
     def make(seed):
-        return _names.task("scenes:classify-base-new", seed, limit={"test": 400})
+        return _names.task("scenes:classify-base-new-outline", seed, limit={"test": 400})
     per_seed, facts = _names.arms(make, CHAINS, seeds, steps, batch=8)
     gap, moved = bare_gap(make(0))
     return {"per_seed": per_seed, "facts": facts | {"gap_without_net": gap, "net_moved": moved}}

@@ -1,6 +1,6 @@
 """R-AMT on tiny-clip: a bit for every attention weight of its image tower. Zheng et al., 2023, arXiv:2307.15049.
-Few-shot gain is judged on outlined pictures, a style that tiny-clip never saw; forgetting on pairs of colour and shape that training
-never names, where the zero-shot model is what may be forgotten."""
+Pictures are outlined, a style that tiny-clip never saw. What may be forgotten are pairs of colour and shape that training never
+names."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ SYSTEM, METHODS, SEEDS, MINUTES = "B049", ("ramt",), (0, 1, 2), 15
 CLAIM = "16 shots beat zero-shot with under 5% masked; gradient dropout forgets less than without; a bit a weight is stored"
 BASELINE = "zero-shot; the same masks without gradient dropout"
 MODEL = "tiny-clip (1.3M)"
-DATA = "scenes:classify-outline, 40 classes, 16 shots, 400 test images; scenes:classify-base-new, 20 old classes, 16 shots, 400 test"
+DATA = "scenes:classify-outline, 40 classes, 16 shots, 400 test images; the same of 20 old classes, with 20 more in the test"
 GAIN = {"zero-shot": "none", "masks": "ramt()"}
 FORGET = {"zero-shot": "none", "masks": "ramt()", "no dropout": "ramt(drop=0.0)"}
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)                # masks begin 0.005 above their threshold
@@ -38,7 +38,7 @@ def run(seeds, steps=100):
         return _names.task("scenes:classify-outline", seed, limit={"test": 400})
 
     def forget(seed):
-        return _names.task("scenes:classify-base-new", seed, limit={"test": 400})
+        return _names.task("scenes:classify-base-new-outline", seed, limit={"test": 400})
     a, facts = _names.arms(gain, GAIN, seeds, steps, rates=RATES, after=masked)
     b, more = _names.arms(forget, FORGET, seeds, steps, rates=RATES, after=masked)
     mine, batch = gain(0), _bench.first(gain(0))

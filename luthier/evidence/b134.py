@@ -1,6 +1,6 @@
-"""CSP on tiny-clip: pairs of colour and shape in outline, a style it never saw; every other pair is only in the test. Nayak et al.,
-2023, arXiv:2204.03574. Unseen-pair accuracy is, as in the paper, that at the bias which favours unseen pairs most; the area under
-the whole sweep stands beside it."""
+"""CSP on tiny-clip: pairs of colour and shape in outline, a style it never saw; every other pair is only in the test. Nayak
+et al., 2023, arXiv:2204.03574. Unseen-pair accuracy is, as in the paper, that at the bias which favours unseen pairs most;
+the area under the whole sweep stands beside it."""
 
 from luthier.evidence import _names, beats, fact, judge
 

@@ -36,8 +36,8 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
              attribute, object, domain; "a + b" joins columns
     limit    at most this many rows (blocks for causal-lm) a split, or {split: number}; drawn with `seed`, classes in proportion
     seed     of every split and sample that the data does not fix itself
-    options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py), template (of a class's
-             text, with {} for its name), shots (training rows a class)
+    options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py), template (of a
+             class's text, with {} for its name), shots (training rows a class)
     """
     known_options = ("max_length", "image_size", "pool", "template", "shots")
     for key, value in options.items():

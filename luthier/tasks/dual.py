@@ -2,10 +2,10 @@
 
     logits(x) = exp(s) cos(f(x), g(t_c)) [+ b],    t_c = template with the name of class c in it
 
-f and g are the image and text towers with their projections (CLIP 2103.00020 §3.1.4; SigLIP adds a bias). What the towers do in a
-forward is on offer to methods as the context: `image()`, the images' unit features (B, d), and `texts()`, features of the texts
-(C, d), in whatever order they are asked for; `scores()`, all cosines (B, C), of the bare towers where it is asked for asleep. Each is
-computed once a forward.
+f and g are the image and text towers with their projections (CLIP 2103.00020 §3.1.4; SigLIP adds a bias). What the towers do
+in a forward is on offer to methods as the context: `image()`, the images' unit features (B, d), and `texts()`, features of
+the texts (C, d), in whatever order they are asked for; `scores()`, all cosines (B, C), of the bare towers where it is asked
+for asleep. Each is computed once a forward.
 """
 
 import torch

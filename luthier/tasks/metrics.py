@@ -68,7 +68,8 @@ def swept(scores, truth, n):
     x = [0.0, *unseen[at].tolist()]
     area = sum((b - a) * (p + q) / 2 for a, b, p, q in zip(x, x[1:], y, y[1:], strict=False))
     best = max(range(len(x)), key=lambda k: x[k] * y[k] / max(x[k] + y[k], 1e-12))
-    return {"seen": y[best], "unseen": x[best], "best_harmonic": 2 * x[best] * y[best] / max(x[best] + y[best], 1e-12), "auc": area}
+    mean = 2 * x[best] * y[best] / max(x[best] + y[best], 1e-12)
+    return {"seen": y[best], "unseen": x[best], "best_harmonic": mean, "auc": area}
 
 
 def recall(similarity, match, at):

@@ -37,8 +37,8 @@ class ClassNames(ImageClassification):
             raise BadData(f"template={self.template!r}: a template holds {{}} once, where the name goes, as in {TEMPLATE!r}.")
         if "label" not in self.roles:
             if not {"attribute", "object"} <= self.roles.keys():
-                raise BadData(f"{data.source}: class-names needs a column for label, or one for attribute and one for object. Say "
-                              "which is which with columns={...}.")
+                raise BadData(f"{data.source}: class-names needs a column for label, or one for attribute and one for object. "
+                              "Say which is which with columns={...}.")
             for table in data.splits.values():
                 pairs = zip(self.column(table, "attribute"), self.column(table, "object"), strict=True)
                 table.columns["label"] = [f"{a} {o}" for a, o in pairs]
@@ -67,8 +67,8 @@ class ClassNames(ImageClassification):
         seen = {}
         for i, row in enumerate(map(tuple, ids.tolist())):
             if (other := seen.setdefault(row, i)) != i:
-                raise BadData(f"{data.source}: to this model's tokenizer the names {self.shown[other]!r} and {self.shown[i]!r} are "
-                              "the same. Rename one.")
+                raise BadData(f"{data.source}: to this model's tokenizer the names {self.shown[other]!r} and {self.shown[i]!r} "
+                              "are the same. Rename one.")
 
     def _parts(self):
         """{"attributes", "objects": words, "pairs": their numbers for each class}."""
@@ -83,8 +83,8 @@ class ClassNames(ImageClassification):
     def limit(self, name, most, seed):
         shots = self.options.get("shots")
         if shots and name != "test":                 # as in CoOp's runs, validation has at most four a class
-            self.tables[name] = few(self.tables[name], self.strata(self.tables[name]), shots if name == "train" else min(shots, 4),
-                                    seed, self.notes, name)
+            table, n = self.tables[name], shots if name == "train" else min(shots, 4)
+            self.tables[name] = few(table, self.strata(table), n, seed, self.notes, name)
         super().limit(name, most, seed)
 
     def build(self, seed=0, dtype=None):

@@ -1,5 +1,5 @@
-"""Scenes for dual encoders, 64 pixels a side, as tables: one shape and its name, or several and a caption. The names of scenes.STYLES
-make shifted domains; every other pair of colour and shape is unseen where old and new ones are told apart."""
+"""Scenes for dual encoders, 64 pixels a side, as tables: one shape and its name, or several and a caption. The names of
+scenes.STYLES make shifted domains; every other pair of colour and shape is unseen where old and new ones are told apart."""
 
 from functools import partial
 
@@ -11,8 +11,8 @@ SIZES = {"train": 1600, "val": 300, "test": 600}         # a part of many domain
 
 
 def named(seed, style="plain", what="pair", domains=(), new=(), parts=False, metric=None):
-    """Pictures of one shape. domains: styles of the test part; new: names that only the test part shows; parts: whether colour and
-    shape are told as attribute and object, too."""
+    """Pictures of one shape. domains: styles of the test part; new: names that only the test part shows; parts: whether
+    colour and shape are told as attribute and object, too."""
     found, start = {}, 0
     for part, n in SIZES.items():
         rows, kinds = [], domains if domains and part == "test" else [style]
@@ -46,6 +46,7 @@ SETS = {
     "scenes:classify-colour": partial(named, what="colour"),
     "scenes:classify-size": partial(named, what="size"),
     "scenes:classify-base-new": partial(named, new=PAIRS[1::2], metric="harmonic"),       # every other pair is only in the test
+    "scenes:classify-base-new-outline": partial(named, style="outline", new=PAIRS[1::2], metric="harmonic"),
     "scenes:classify-shift": partial(named, domains=scenes.STYLES),   # trained on plain pictures
     "scenes:compose": partial(named, new=PAIRS[1::2], parts=True, metric="auc"),
     "scenes:compose-outline": partial(named, style="outline", new=PAIRS[1::2], parts=True, metric="auc"),

@@ -1,8 +1,9 @@
-"""Image-text retrieval with a dual encoder: which caption belongs to an image (i2t) and which image to a caption (t2i), by R@K, the
-share of queries with a right answer among the K most similar. Rows with the same image file or the same caption belong together.
+"""Image-text retrieval with a dual encoder: which caption belongs to an image (i2t) and which image to a caption (t2i), by
+R@K, the share of queries with a right answer among the K most similar. Rows with the same image file or the same caption
+belong together.
 
-Trained with the model's own kind of loss: cross-entropy both ways over a batch (CLIP 2103.00020 §2.3), or a sigmoid for every pair
-(SigLIP 2303.15343 §3.2) where the model has a logit bias."""
+Trained with the model's own kind of loss: cross-entropy both ways over a batch (CLIP 2103.00020 §2.3), or a sigmoid for every
+pair (SigLIP 2303.15343 §3.2) where the model has a logit bias."""
 
 import torch
 from torch.nn import functional as F

@@ -183,7 +183,8 @@ def train(name, out, say=print, **settings):
     from . import recipes
     known = [n.replace("_", "-") for n in sorted(m.name for m in pkgutil.iter_modules(recipes.__path__))]
     if name not in known:
-        raise UnknownName(f"{name!r} is none of the models that Luthier trained itself: {', '.join(known)}. {nearest(name, known)}")
+        raise UnknownName(f"{name!r} is none of the models that Luthier trained itself: {', '.join(known)}. "
+                          f"{nearest(name, known)}")
     return importlib.import_module(f".recipes.{name.replace('-', '_')}", __name__).train(out, say, **settings)
 
 

@@ -1,5 +1,5 @@
-"""What prompts for the texts of a dual encoder share: texts are looked up at the site "words", before positions are added. A model
-that classifies by names (luthier.tasks.dual.Named) says where in its texts the names stand."""
+"""What prompts for the texts of a dual encoder share: texts are looked up at the site "words", before positions are added. A
+model that classifies by names (luthier.tasks.dual.Named) says where in its texts the names stand."""
 
 import torch
 from torch import nn

@@ -1,8 +1,8 @@
 """Visual prompts made from the class texts that fit the image.    x_i = B_i([cls; P_i(x); patches])
-Xing et al., Dual Modality Prompt Tuning (DPT), 2022. arXiv:2208.08340 §3.4, eq. 7-11. Q = FC(g(t_c)) for the k classes that the bare
-model likes best, (k, D); O = V softmax(K_q Q (K_k X)ᵀ / √32) X with X the block's tokens, detached, and ten free vectors, (k, D);
-P = LN(O + Q). A class prompt also says its class: α times the cross-entropy of C LN(O) at the prompt of the right class, where that
-is among the k. Prompts of the blocks below leave first. Together with coop and vpt below it is `dpt`.
+Xing et al., Dual Modality Prompt Tuning (DPT), 2022. arXiv:2208.08340 §3.4 and the authors' code. Q = M g(t_c) + m for the k
+classes that the bare model likes best, (k, D); A = V softmax(q Q (k X)ᵀ / √32) X with X the block's tokens, detached, and ten
+free vectors, (k, D); P = LN(A + Q). A prompt also says its class: α times the cross-entropy of C LN(A) at the prompt of the
+right class, where that is among the k. Prompts of the blocks below leave first. With coop and vpt it is `dpt`.
 """
 
 import torch
@@ -24,11 +24,12 @@ class cavpt(Method):
 
     def init(self, site, model):           # trains D (d + 1) + 2 inner D + D² + free D + (C + 4) D
         if not hasattr(model, "old"):
-            raise DoesNotFit(f"cavpt makes its prompts from the texts of classes, and {type(model).__name__} has no classes. Open a "
-                             "class-names task.")
+            raise DoesNotFit(f"cavpt makes its prompts from the texts of classes, and {type(model).__name__} has no classes. "
+                             "Open a class-names task.")
         D, d = site.d_out, model.width
-        return dict(M=site.uniform(D, d, bound=d**-0.5), m=site.uniform(D, bound=d**-0.5), q=site.uniform(self.inner, D, bound=D**-0.5),
-                    k=site.uniform(self.inner, D, bound=D**-0.5), v=site.uniform(D, D, bound=D**-0.5),
+        return dict(M=site.uniform(D, d, bound=d**-0.5), m=site.uniform(D, bound=d**-0.5),
+                    q=site.uniform(self.inner, D, bound=D**-0.5), k=site.uniform(self.inner, D, bound=D**-0.5),
+                    v=site.uniform(D, D, bound=D**-0.5),
                     free=site.normal(self.free, D, std=0.02), C=site.uniform(model.old, D, bound=D**-0.5), g1=site.ones(D),
                     b1=site.zeros(D), g2=site.ones(D), b2=site.zeros(D))
 
@@ -43,10 +44,10 @@ class cavpt(Method):
             t = t.drop(name)
         Q, X = F.linear(p.texts, p.M, p.m), torch.cat([t.h.detach(), p.free.to(t.h.dtype).expand(len(t.h), -1, -1)], 1)
         near = F.linear(Q, p.q) @ F.linear(X, p.k).mT / self.inner**0.5
-        O, D = F.linear(near.softmax(-1) @ X, p.v), Q.shape[-1:]
+        A, D = F.linear(near.softmax(-1) @ X, p.v), Q.shape[-1:]
         if p.training:
-            p.noted.update(said=F.linear(F.layer_norm(O, D, p.g1, p.b1), p.C), top=p.top)
-        return t.insert(F.layer_norm(O + Q, D, p.g2, p.b2), p.key)
+            p.noted.update(said=F.linear(F.layer_norm(A, D, p.g1, p.b1), p.C), top=p.top)
+        return t.insert(F.layer_norm(A + Q, D, p.g2, p.b2), p.key)
 
     def loss(self, run):
         labels, terms = run.batch.get("labels"), []

@@ -1,7 +1,7 @@
-"""Context words that each image shifts.    t_c(x) = [v_1 + π(x)] .. [v_n + π(x)] [name of c] [.],    π = W2 relu(W1 f(x) + b1) + b2
-Zhou et al., Conditional Prompt Learning for Vision-Language Models (CoCoOp), 2022. arXiv:2203.05557 §3.2, eq. 3. f(x): the image's
-unit feature, (d,); W1: (d / 16, d). Start and place of the context are CoOp's. Every image has texts of its own for all classes, so
-a forward runs the text tower on B C of them. With W2 = b2 = 0 it is CoOp.
+"""Context words that each image shifts.    t_c(x) = [v_1 + π] .. [v_n + π] [name of c] [.],    π = W2 relu(W1 f(x) + b1) + b2
+Zhou et al., Conditional Prompt Learning for Vision-Language Models (CoCoOp), 2022. arXiv:2203.05557 §3.2, eq. 3. f(x): the
+image's unit feature, (d,); W1: (d / 16, d). Start and place of the context are CoOp's. Every image has texts of its own for all
+classes, so a forward runs the text tower on B C of them. With W2 = b2 = 0 it is CoOp.
 """
 
 import torch

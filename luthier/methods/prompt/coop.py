@@ -1,8 +1,8 @@
-"""Learned context words for the class names of CLIP.    t_c = [v]_1 .. [v]_n [name of c] [.],    p(c | x) ~ exp(s cos(f(x), g(t_c)))
-Zhou et al., Learning to Prompt for Vision-Language Models (CoOp), 2022. arXiv:2109.01134 §3.2, eq. 2-3. v: (n, D) for all classes,
-or with `own=True` (C, n, D), a context for each; drawn from N(0, 0.02²), or the embeddings of `words`, such as "a photo of a". The
-name stands at the end, or with `middle=True` between two halves. Both towers stay frozen. The words that a task's template puts
-before the name make way, what it puts behind stays. A context for each class cannot serve classes that training never showed.
+"""Learned context words for the class names of CLIP.    t_c = [v_1] .. [v_n] [name of c] [.],    p(c | x) ~ exp(s cos(x, t_c))
+Zhou et al., Learning to Prompt for Vision-Language Models (CoOp), 2022. arXiv:2109.01134 §3.2, eq. 2-3. v: (n, D) for all
+classes, or with `own=True` (C, n, D), a context for each; drawn from N(0, 0.02²), or the embeddings of `words`, such as "a photo
+of a". The name stands at the end, or with `middle=True` between two halves. Both towers stay frozen. What a task's template puts
+before the name makes way, what it puts behind stays. A context for each class cannot serve classes that training never showed.
 """
 
 from luthier.errors import DoesNotFit

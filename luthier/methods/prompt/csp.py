@@ -1,7 +1,8 @@
 """A learned vocabulary of attributes and objects.    t_(a, o) = "a photo of" [θ_a] [θ_o],    θ: (n_attributes + n_objects, D)
-Nayak et al., Learning to Compose Soft Prompts for Compositional Zero-Shot Learning (CSP), 2023. arXiv:2204.03574 §4, eq. 2-4. Each
-θ starts as the mean embedding of its word's tokens and stands as one token in every pair it belongs to, also in pairs that training
-never shows. Cross-entropy runs over the pairs of training; `dropout` on θ while training, as in the authors' code.
+Nayak et al., Learning to Compose Soft Prompts for Compositional Zero-Shot Learning (CSP), 2023. arXiv:2204.03574 §4, eq. 2-4.
+Each θ starts as the mean embedding of its word's tokens and stands as one token in every pair it belongs to, also in pairs
+that training never shows. Cross-entropy runs over the pairs of training; `dropout` on θ while training, as in the authors'
+code.
 """
 
 import torch
@@ -26,12 +27,13 @@ class csp(Method):
             raise DoesNotFit(f"csp composes attributes with objects, and {type(model).__name__} knows no such pairs. Open a "
                              "class-names task over data with a column for each.")
         ids = [[_texts.tokens(model, w) for w in parts[k]] for k in ("attributes", "objects")]
-        A, O = (torch.stack([site.module.weight.detach()[i].mean(0) for i in words]) for words in ids)
+        first, second = (torch.stack([site.module.weight.detach()[i].mean(0) for i in words]) for words in ids)
         pairs, spans, T = torch.tensor(parts["pairs"]), model.spans, model.texts.shape[1]
         sizes = [(len(ids[0][a]), len(ids[1][o])) for a, o in parts["pairs"]]
         if any(b - a != m + n for (a, b), (m, n) in zip(spans, sizes, strict=True)):
-            raise DoesNotFit("In its text, a pair is other tokens than its two words alone. Use a template with spaces around {}.")
-        state = dict(A=nn.Parameter(A), O=nn.Parameter(O), pair=site.fixed(pairs + torch.tensor([0, len(A)])),
+            raise DoesNotFit("In its text, a pair is other tokens than its two words alone. Use a template with spaces around "
+                             "{}.")
+        state = dict(A=nn.Parameter(first), O=nn.Parameter(second), pair=site.fixed(pairs + torch.tensor([0, len(first)])),
                      at=site.fixed(torch.tensor([[a, a + 1] for a, _ in spans])))
         if max(map(max, sizes)) > 1:       # words of several tokens: the first stays, the others go behind the end of the text
             if not site.stack.causal:

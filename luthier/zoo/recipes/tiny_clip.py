@@ -36,8 +36,8 @@ def config():
 
     tower = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, projection_dim=128)
     special = dict(vocab_size=512, pad_token_id=0, bos_token_id=1, eos_token_id=3, max_position_embeddings=LONGEST)
-    return CLIPConfig(text_config=tower | special | dict(num_hidden_layers=3), vision_config=tower | dict(image_size=SIDE, patch_size=8), projection_dim=128,
-                      architectures=["CLIPModel"])
+    return CLIPConfig(text_config=tower | special | dict(num_hidden_layers=3), projection_dim=128, architectures=["CLIPModel"],
+                      vision_config=tower | dict(image_size=SIDE, patch_size=8))
 
 
 # -- captions ------------------------------------------------------------------------------------------------------
@@ -110,7 +110,8 @@ def pixels(images):
 
 
 def batch(step, size, seed, words, grey=False):
-    """Half the pictures show one shape, and with `grey` half of these no colour. -> pixels, tokens and attention mask, target (texts, images) of rows that sum to one"""
+    """Half the pictures show one shape, and with `grey` half of these no colour. -> pixels, tokens and attention mask, target
+    (texts, images) of rows that sum to one"""
     draw, shown, said, texts, images = scenes.Draw("tiny-clip", seed, step), [], [], [], []
     for i in range(size):
         s = scenes.scene(step * size + i, seed, SIDE, 1, 1 if i % 2 else 4, "seen")
@@ -141,8 +142,8 @@ def train(out, say=print, **changed):
     torch.manual_seed(given["seed"])
     words, model = tokenizer(out), CLIPModel(config())
     plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() > 1]), dict(params=plain, weight_decay=0)],
-                                  lr=given["lr"], betas=(0.9, 0.98), weight_decay=given["weight_decay"])
+    groups = [dict(params=[p for p in model.parameters() if p.dim() > 1]), dict(params=plain, weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups, lr=given["lr"], betas=(0.9, 0.98), weight_decay=given["weight_decay"])
     began, first, mean, kept = time.monotonic(), 0, None, out / "checkpoint.pt"
     if kept.exists():
         found = torch.load(kept, weights_only=True)
@@ -169,7 +170,8 @@ def train(out, say=print, **changed):
     model.half().save_pretrained(out)
     kept.unlink(missing_ok=True)
     (out / "recipe.json").write_text(json.dumps(dict(
-        model="tiny-clip", licence="Apache-2.0", data="luthier.scenes, split seen, plain and grey", command="luthier zoo train tiny-clip",
+        model="tiny-clip", licence="Apache-2.0", data="luthier.scenes, split seen, plain and grey",
+        command="luthier zoo train tiny-clip",
         settings=given, torch=torch.__version__, zero_shot=found), indent=1) + "\n", "utf-8")
     return found
 
