@@ -439,6 +439,10 @@ class _Intercept(TorchFunctionMode):
         return self._attend(*args, **(kwargs or {}))
 
     def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        H, K, _ = self.entries[0].site.heads or (0, 0, 0)
+        if query.shape[1] == K != H and query.shape[2] == H // K:     # transformers folds the groups of a single query to tokens
+            return self._attend(query.reshape(len(query), H, 1, -1), key, value, attn_mask, dropout_p, is_causal, scale,
+                                True).reshape(query.shape)
         stack = self.host.run(self.entries[0].site.stack)
         t = stack.tokens if stack is not None else None
         if stack is not None and t is None:                 # no stream was touched before this block: the stream starts here

@@ -43,7 +43,8 @@ from pathlib import Path
 from . import thin
 from .errors import BadChain, UnknownName, nearest
 
-VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "output", "stream", "around", "attend", "loss", "step", "produce")
+VERBS = ("observe", "init", "weight", "low_rank", "fast", "worth", "output", "stream", "around", "attend", "loss", "step",
+         "produce")
 REGISTRY: dict[str, object] = {}        # name -> Method subclass, or a recipe: a function that returns a Chain
 INCLUDED: dict[str, None] = {}          # files of the user's own methods: other processes must read them, too
 

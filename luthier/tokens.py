@@ -224,12 +224,12 @@ class Attention:
         return replace(self, t=self.t.lane(name, value))
 
     def weights(self):
-        """softmax(q kᵀ · scale + mask): (B, H, T, S)."""
+        """softmax(q kᵀ · scale + mask): (B, H, T, S); a row that may see nothing (padding) sees all alike."""
         a = self.explicit()
         k = a.k.repeat_interleave(a.q.shape[1] // a.k.shape[1], 1) if a.q.shape[1] != a.k.shape[1] else a.k
         s = a.q @ k.mT * (a.scale or 1 / math.sqrt(a.q.shape[-1]))
         if a.mask is not None:
-            s = s.masked_fill(~a.mask, -torch.inf) if a.mask.dtype == torch.bool else s + a.mask
+            s = s.masked_fill(~a.mask, torch.finfo(s.dtype).min) if a.mask.dtype == torch.bool else s + a.mask
         return s.softmax(-1)
 
     def run(self):
