@@ -13,6 +13,7 @@ from luthier import attach, save, tiny
 from luthier.compare.fit import aware
 from luthier.errors import BadChain, DoesNotFit, NotMergeable, UnknownName
 from luthier.method import Chain, Method, chosen
+from luthier.methods.adapter.p_adapter import propagate
 
 TASKS = ("caption", "vqa", "nlvr")
 
@@ -334,3 +335,83 @@ def test_heads_joined_are_one_matrix_and_the_start_may_be_the_base():
         attach(base, "vl_pet(width=8, heads=3)")
     with pytest.raises(DoesNotFit, match="encoder.embed is none of them"):
         attach(base, "vl_pet(at='encoder.embed')")
+
+
+# -- p-Adapter ---------------------------------------------------------------------------------------------------------
+
+
+def messages(A, Q, V, p, mu):
+    """The formula, a node at a time. A: (T, S), Q: (T, k), V: (S, k)."""
+    out = torch.zeros_like(Q)
+    for i in range(len(Q)):
+        a = torch.stack([A[i, j] * (A[i, j] * ((Q[i] - V[j]) ** 2).sum() + 1e-6) ** ((p - 2) / 2) for j in range(len(V))])
+        alpha = 1 / (a.sum() + 2 * mu / p)
+        out[i] = alpha * sum(a[j] * V[j] for j in range(len(V))) + alpha * (2 * mu / p) * Q[i]
+    return out
+
+
+@pytest.mark.parametrize("p", [1.25, 2.0, 3.0])
+def test_messages_on_the_graph_of_attention(p):
+    A, Q, V = torch.rand(2, 5, 7).double().softmax(-1), torch.randn(2, 5, 3).double(), torch.randn(2, 7, 3).double()
+    got = propagate(A, Q, V, p, 0.4)
+    for h in range(2):
+        close(got[h], messages(A[h], Q[h], V[h], p, 0.4))
+    if p == 2:                                              # plain propagation
+        close(got, (A @ V + 0.4 * Q) / 1.4)
+
+
+@pytest.mark.parametrize("p, learn", [(1.5, True), (2.0, False)])
+def test_p_adapter_of_t5(p, learn):
+    base, b = t5(), batch("t5")
+    plain, tuned = base(**b).logits, attach(base, f"p_adapter(reduce=4, p={p}, mu=0.3, learn={learn})")
+    close(tuned(**b).logits, plain)
+    got, said = states(stir(tuned, 0.1), "p_adapter"), tuned(**b).logits
+    assert {n.split(".", 3)[-1] for n in got} == {"attn", "cross", "attn.out", "cross.out", "mlp.in", "mlp.out"}
+    assert got["decoder.block.0.cross"].p.requires_grad is learn
+    tuned.detach()
+    handles = []
+
+    def beside(dense, q):
+        return dense.register_forward_hook(lambda m, x, h: h + F.linear(torch.relu(F.linear(x[0], q.D, q.d)), q.U, q.u))
+
+    def behind(module, core, out, alone):
+        def hook(m, args, kwargs, result):
+            x = args[0] if args else kwargs["hidden_states"]
+            z = kwargs.get("key_value_states")
+            z = x if z is None else z
+            q, k, v = (f(y).unflatten(-1, (4, 8)).transpose(1, 2) for f, y in ((m.q, x), (m.k, z), (m.v, z)))
+            s = q @ k.mT + kwargs_bias(m, q, k, alone)
+            A = s.softmax(-1)
+            V, Q = (F.linear(m.o(y.transpose(1, 2).flatten(2)), core.D, core.d).unflatten(-1, (4, -1)).transpose(1, 2)
+                    for y in (v, q))
+            mu = 0.3 * (2 + torch.tanh(core.m))
+            made = torch.stack([torch.stack([messages(A[i, h], (V if alone else Q)[i, h], V[i, h], core.p, mu)
+                                             for h in range(4)]) for i in range(2)])
+            made = made.transpose(1, 2).flatten(2)
+            h = result[0]
+            change = F.linear(F.gelu(F.linear(h, out.G, out.g)) * made, out.U, out.u)
+            return (h + change, *result[1:])
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def kwargs_bias(m, q, k, alone):                        # T5's own bias of positions, of the first block, and causality
+        T, S = q.shape[2], k.shape[2]
+        if m.is_decoder is False or alone:
+            return base.encoder.block[0].layer[0].SelfAttention.compute_bias(T, S)
+        if T != S:
+            return 0.0
+        causal = torch.full((T, T), -torch.inf, dtype=torch.float64).triu(1)
+        return base.decoder.block[0].layer[0].SelfAttention.compute_bias(T, T) + causal
+    for tower, stack in (("encoder", base.encoder), ("decoder", base.decoder)):
+        for i, block in enumerate(stack.block):
+            at = f"{tower}.block.{i}."
+            handles.append(behind(block.layer[0].SelfAttention, got[at + "attn"], got[at + "attn.out"], tower == "encoder"))
+            if tower == "decoder":
+                handles.append(behind(block.layer[1].EncDecAttention, got[at + "cross"], got[at + "cross.out"], False))
+            handles.append(beside(block.layer[-1].DenseReluDense, got[at + "mlp.out"]))
+    close(said, base(**b).logits)
+
+
+def test_parts_of_p_adapter_can_be_left_out():
+    tuned = attach(tiny.build("bridged"), "p_adapter(reduce=4, ffn=False)")
+    assert {n.rpartition(".block.")[0] for n in states(tuned, "p_adapter")} == {"text"}
+    assert not any("mlp" in n for n in states(tuned, "p_adapter"))
