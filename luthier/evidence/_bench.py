@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from luthier import attach, cost, tasks
+from luthier.attach import base_of
 from luthier.compare.fit import Calibration, aware
 from luthier.errors import RunStopped
 from luthier.evidence import fact
+from luthier.site import sites
 from luthier.train import train
 
 TUNE = 9001                              # the seed of the search: far from those of the runs
@@ -196,3 +198,27 @@ def shifted(x, seed=0):
     """Half the contrast, Gaussian noise of 0.3, brightness up by 0.2, moved by a sixteenth: on normalised pixels (B, 3, H, W)."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     return 0.5 * x.roll((x.shape[2] // 16, x.shape[3] // 16), (2, 3)) + 0.3 * noise + 0.2
+
+
+# -- several image-text tasks on one model ----------------------------------------------------------------------------
+
+def seeing(model, chain):
+    """The chain, with what stands between a vision and a language model trained beside it where there is such a thing."""
+    between = "connector" in sites(model).towers and "connector" not in chain
+    return f"full(at='connector') >> {chain}" if between else chain
+
+
+def fits(model, budget, text, widths):
+    """The chain `text.format(w)` of the largest of these widths that trains no more than `budget` numbers."""
+    counts = {}
+    for w in widths:
+        tuned = attach(model, seeing(model, text.format(w)))
+        counts[w] = sum(p.numel() for _, p in tuned.trainable())
+        tuned.detach()
+    return text.format(max(w for w in widths if counts[w] <= budget))
+
+
+def frozen(task, seed, tuned):
+    """1.0 if every tensor of the base is, to the bit, what it was before training."""
+    before, now = task.build(seed).state_dict(), base_of(tuned).state_dict()
+    return float(before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in before))

@@ -1,5 +1,5 @@
-"""Adapters that pass messages on the graph of attention.    h' = h + U (gelu(G h + g) ⊙ F') + u,    F' = α (A' F_V + (2μ/p) F_Q)
-Wu et al., p-Laplacian Adaptation, AAAI 2024. arXiv:2312.10613 §3, the authors' code. Behind each attention, self and cross, with
+"""Adapters that pass messages on the graph of attention.   h' = h + U (gelu(G h + g) ⊙ F') + u,   F' = α (A' F_V + (2μ/p) F_Q)
+Wu et al., p-Laplacian Adaptation, AAAI 2024. arXiv:2312.10613 §3, the authors' code. Behind each attention, self and cross, of
 output h = W_o [heads] and weights A, for a query i and a value j, per head (D is cut into as many as the attention has):
 
 F_Q = D (W_o q + b_o) + d,  F_V = D (W_o v + b_o) + d        A'_ij = A_ij (A_ij ‖F_Qi - F_Vj‖² + ε)^((p-2)/2)
@@ -7,7 +7,7 @@ F_Q = D (W_o q + b_o) + d,  F_V = D (W_o v + b_o) + d        A'_ij = A_ij (A_ij 
 
 In an encoder's self-attention F_Q is F_V, its token's own, as in the code, which elsewhere drops the paper's term 2μ/p F_Q.
 p = 2 is plain attention, F' = (A F_V + μ F_Q) / (1 + μ). `ffn` adds U relu(D x + d) + u beside the MLP, x its input. U = 0 and
-u = 0 at init: the identity. ε = 1e-6 keeps A' finite. W_o, b_o are the base's; queries and values are taken as the core gets them.
+u = 0 at init: the identity. ε = 1e-6 keeps A' finite. W_o, b_o are the base's; queries and values are as the core gets them.
 """
 
 import torch
