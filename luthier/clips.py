@@ -13,10 +13,11 @@ def framed(model):
     """The same model, which takes clips now. Its part that looks at pixels keeps its parameters, hooks and names."""
     from .site import sites
 
-    towers = [s.module for s in sites(model).stacks if {"pixel_values", "x"} & set(inspect.signature(s.module.forward).parameters)]
+    stacks = [s.module for s in sites(model).stacks]
+    towers = [m for m in stacks if {"pixel_values", "x"} & set(inspect.signature(m.forward).parameters)]
     if not towers:
-        raise DoesNotFit(f"{type(model).__name__} has no part that takes pixels, so it takes no clips. Use a vision model such as "
-                         "dinov2-s, or a dual encoder such as CLIP.")
+        raise DoesNotFit(f"{type(model).__name__} has no part that takes pixels, so it takes no clips. Use a vision model such "
+                         "as dinov2-s, or a dual encoder such as CLIP.")
     for m in towers:
         if not isinstance(m.__dict__.get("forward"), Framed):
             m.forward = Framed(m, m.__dict__.get("forward"))

@@ -9,8 +9,11 @@ Qing et al., DiST, 2023. arXiv:2309.07911 §3; formulas and sizes from the autho
 (integration D/2, temporal D/8). h_l are detached: the frozen model builds no graph and keeps no activation.
 
 The authors put out LN(..) U alone (`residual=False`, U ~ N(0, 1/w)), and can give the temporal network more frames than the ViT
-(their alpha = 2): here both see every frame. Weights ~ N(0, 0.02²); keys have no bias, the softmax would cancel it.
+(their alpha = 2): here both see every frame. Weights ~ N(0, 0.15 / fan-in), their N(0, 0.02²) at their width 384, so that narrow
+branches start alike; learned tokens and places ~ N(0, 0.02²). Keys have no bias, the softmax would cancel it.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +51,7 @@ class dist(Method):
             return s if site.block == stack.n_blocks - 1 else s.layer("A", v, w)
         for i in range(self.pool):
             for n in (f"s{i}", f"v{i}"):
-                s.norm(n, w).layer(n + "q", w, w).layer(n + "v", w, w).layer(n + "o", w, w).all(**{n + "k": s.draw(w, w)})
+                s.norm(n, w).layer(n + "q", w, w).layer(n + "v", w, w).layer(n + "o", w, w).layer(n + "k", w, w).less(n + "k_b")
                 s.norm(n + "n", w).layer(n + "1", 4 * w, w).layer(n + "2", w, 4 * w)
             s.all(**{f"e{i}": s.draw(self.frames, w)})
         U = site.zeros(d, w) if self.residual else site.normal(d, w, std=w**-0.5)
@@ -128,11 +131,16 @@ class _Fresh(dict):
         self.update(more)
         return self
 
+    def less(self, n):
+        del self[n]
+        return self
+
     def draw(self, *shape):
         return self.site.normal(*shape, std=0.02)
 
     def layer(self, n, *shape, bias=None):
-        return self.all(**{n: self.draw(*shape), n + "_b": self.site.zeros(bias or shape[0])})
+        fan = math.prod(shape[1:]) if bias is None else shape[0] * shape[2]              # (k, out, in) of a kernel over time
+        return self.all(**{n: self.site.normal(*shape, std=(0.15 / fan)**0.5), n + "_b": self.site.zeros(bias or shape[0])})
 
     def norm(self, n, w):
         return self.all(**{n + "_g": self.site.ones(w), n + "_s": self.site.zeros(w)})
