@@ -31,7 +31,7 @@ class sherl(Method):
     example = {"reduce": 2}
 
     def init(self, site):                  # trains w (D + 3) a layer, w (D + 1) + D + 1 where they are fused;  w = D / reduce
-        d, w, end = site.d_out, max(1, site.d_out // self.reduce), site.stack.n_blocks - self.late
+        d, w, end = site.d_out, max(1, site.stack.dim // self.reduce), site.stack.n_blocks - self.late
         if site.tower == "encoder" or site.block > end:
             return None
         if end < 1:

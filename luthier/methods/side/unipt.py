@@ -26,7 +26,7 @@ class unipt(Method):
     example = {"reduce": 2}
 
     def init(self, site):                  # trains w (D + 3) a layer, w (2 D + w + 7) + D at the end;  w = D / reduce
-        d, w = site.d_out, max(1, site.d_out // self.reduce)
+        d, w = site.d_out, max(1, site.stack.dim // self.reduce)
         if site.tower == "encoder" or _last(site):
             return None                    # what comes out of the last block is read at `final`
         if site.role != "final":
