@@ -11,6 +11,7 @@ import itertools
 import statistics
 import time
 import weakref
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
@@ -30,7 +31,7 @@ class Live:
     """Bytes of the distinct storages that were added and are still alive; `peak` is the most there ever were."""
 
     def __init__(self, ignore=()):
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes, self.freed, self.held, self.peak = {}, deque(), 0, 0
         for t in ignore:
             self.add(t, count=False)
 
@@ -42,16 +43,22 @@ class Live:
                 self.sizes[key] = 0 if count else None
             old = self.sizes[key]
             if old is not None and size > old:                           # new, or grown in place
-                self.sizes[key], self.now = size, self.now + size - old
-                self.peak = max(self.peak, self.now)
+                self.sizes[key], self.held = size, self.now + size - old
+                self.peak = max(self.peak, self.held)
+
+    @property
+    def now(self):
+        while self.freed:
+            self.held -= self.freed.popleft()
+        return self.held
 
     def met(self, t):
         """Something that was there before: it is not counted, unless it was added earlier."""
         if any(s.untyped_storage()._cdata not in self.sizes for s in _parts(t)):
             self.add(t, count=False)
 
-    def _gone(self, key):
-        self.now -= self.sizes.pop(key) or 0
+    def _gone(self, key):                                                # in any thread, between any two steps of add()
+        self.freed.append(self.sizes.pop(key) or 0)
 
 
 def _parts(t):

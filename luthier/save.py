@@ -328,6 +328,7 @@ def contents(model, folder, lazy=False):
         raise BadState(f"{path}: its chain cannot be attached here. {' '.join(str(e).split())[:400]}") from e
     with _sense(path):
         _same_base(base, recipe, folder)
+        _, _ = recipe["stepped"]
         found = [{s.name: s for s in step.sites} for step in plan(model, chain).steps]
         names = [(type(m).__name__, step["method"]) for m, step in zip(chain, recipe["steps"], strict=True)]
         for (mine, theirs), sites, step in zip(names, found, recipe["steps"], strict=True):

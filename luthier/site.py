@@ -282,9 +282,8 @@ _BLOCKS = re.compile(r"block\.-?\d+(-(-?\d+)?)?")
 
 
 def _match(every, word):
-    if word in every.by_name:                               # and what it is tied to in towers: T5's own `shared` is never called
-        one = every.by_name[word]
-        return {one, *(every.by_name[n] for n in one.tied if n.endswith("." + word))}
+    if word in every.by_name:
+        return {every.by_name[word]}
     word += ".all" * (word in every.towers)
     tower, _, rest = word.partition(".")
     tower, rest = (tower, rest) if tower in every.towers and rest else (None, word)

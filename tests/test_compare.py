@@ -325,7 +325,7 @@ def test_the_new_head_trains_once(place):
     model = task.build()
     assert repr(dress(model, "lora()")) == "lora() >> probe()" and repr(dress(model, "full")) == "full()"
     assert repr(dress(model, "probe() >> lora()")) == "probe() >> lora()"
-    with pytest.raises(DoesNotFit, match="nothing trains the new head"):
+    with pytest.raises(DoesNotFit, match="nothing trains the part of Headed"):
         ready(task, "gptq(at=\"head\")")
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from luthier.method import Method, method
-from luthier.methods.merge._experts import PART, elect, located, merged, near, total
+from luthier.methods.merge import _experts
+from luthier.methods.merge._experts import elect, located, merged, near, total
 
 COMBINE = {"mean": lambda τ: total(τ) / len(τ), "sum": total, "elect": elect}
 
@@ -19,7 +20,7 @@ COMBINE = {"mean": lambda τ: total(τ) / len(τ), "sum": total, "elect": elect}
 def draw(seed, number, what, shape, drop):
     """Which entries of an expert survive, some rows at a time: the same ones on every machine."""
     digest = hashlib.blake2b(f"{seed}/{number}/{what}".encode(), digest_size=7).digest()
-    g, n = torch.Generator().manual_seed(int.from_bytes(digest, "little")), max(1, PART // max(shape[-1], 1))
+    g, n = torch.Generator().manual_seed(int.from_bytes(digest, "little")), max(1, _experts.PART // max(shape[-1], 1))
     for k in range(0, shape[0], n):
         yield torch.rand((min(n, shape[0] - k), *shape[1:]), generator=g) >= drop
 
