@@ -733,7 +733,7 @@ class Port:
 
     def through(self, x):
         """x: (B, T, D), (N, D), or a feature map (B, D, H, W) or (B, H, W, D), which is read as H·W tokens."""
-        h, back = as_tokens(x, self.site.d_out)
+        h, back = _as_tokens(x, self.site.d_out)
         stack = self.host.run(self.site.stack)
         t = stack.take(h) if stack is not None else Tokens(h)
         if stack is not None and _recomputing():            # gradient checkpointing runs this block again:
@@ -756,7 +756,7 @@ def _recomputing():
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def as_tokens(x, d):
+def _as_tokens(x, d):
     if x.dim() == 4 and x.shape[1] == d:
         B, D, H, W = x.shape
         return x.flatten(2).mT, lambda h: h.mT.reshape(B, D, H, W)

@@ -378,3 +378,10 @@ def test_a_connector_moves_to_another_language_model():
     wide = t.LlamaForCausalLM(t.LlamaConfig(**tiny.TEXT, **tiny.WIDTH | dict(hidden_size=48, num_hidden_layers=1)))
     with pytest.raises(DoesNotFit, match="width 32.*has 48"):
         realign(tuned, wide)
+
+
+def test_a_map_is_read_by_its_places():
+    """EfficientNet's last map is wider than its last block; Swin's has its channels last."""
+    from luthier.bridges.model import _tokens
+    x = torch.randn(1, 12, 2, 3)
+    assert torch.equal(_tokens(x, 8)[0, 4], x[0, :, 1, 1]) and torch.equal(_tokens(x.permute(0, 2, 3, 1), 12)[0, 4], x[0, :, 1, 1])

@@ -119,13 +119,11 @@ class Bridged(nn.Module):
         return states.contiguous().unflatten(0, x.shape[:2])            # laid out as what was kept is: the same sums
 
     def _look(self, x):
-        from ..host import as_tokens
-
         if self.way.embedded:
             return self._entering(x)
         out, fixed, norm = self._run_eyes(x), self.eyes.fixed, self.eyes.final_module
         h = getattr(out, "last_hidden_state", out)
-        h = h[:, None] if h.dim() == 2 else as_tokens(h, self.eyes.dim)[0]
+        h = h[:, None] if h.dim() == 2 else _tokens(h, self.eyes.dim) if h.dim() == 4 else h
         layers = tuple(getattr(out, "hidden_states", None) or ())[-self.eyes.n_blocks:] if self.way.layers else ()
         if self.way.layers and not layers:
             raise DoesNotFit(f"{type(self.way).__name__} reads several layers of the vision model, and "
@@ -269,6 +267,11 @@ class Bridged(nn.Module):
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=like.device)
         more = dict(decoder_input_ids=ids) if self.writes_apart else {}
         return dict(input_ids=ids, pixel_values=like.new_zeros(rows, 3, self.side, self.side)) | more
+
+
+def _tokens(x, d):
+    """A map (N, C, H, W), or (N, H, W, d) where only the last axis can be the channels, as (N, H W, C)."""
+    return x.flatten(1, 2) if x.shape[-1] == d != x.shape[1] else x.flatten(2).mT
 
 
 def _side(vision):
