@@ -384,4 +384,5 @@ def test_a_map_is_read_by_its_places():
     """EfficientNet's last map is wider than its last block; Swin's has its channels last."""
     from luthier.bridges.model import _tokens
     x = torch.randn(1, 12, 2, 3)
-    assert torch.equal(_tokens(x, 8)[0, 4], x[0, :, 1, 1]) and torch.equal(_tokens(x.permute(0, 2, 3, 1), 12)[0, 4], x[0, :, 1, 1])
+    for h, d in ((x, 8), (x.permute(0, 2, 3, 1), 12)):
+        assert torch.equal(_tokens(h, d)[0, 4], x[0, :, 1, 1])
