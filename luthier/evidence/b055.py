@@ -6,12 +6,12 @@ SYSTEM, METHODS, SEEDS, MINUTES = "B055", ("dist",), (0, 1, 2), 20
 CLAIM = "Beats frozen features averaged over frames; no backbone activation is kept; peak memory below adapters in the backbone"
 BASELINE = "a head on frame-averaged frozen features (accuracy), adaptformer in the backbone (memory)"
 MODEL = "dinov2-s (22.1M)"
-DATA = "scenes.clip, 4 frames of 56 px, 4 directions: 320 train, 160 validation, 320 test clips"
-STEPS, BATCH, RATES = 100, 8, (5e-4, 3e-3, 2e-2)
+DATA = "scenes.clip, 4 frames of 56 px, 4 directions: 320 train, 96 validation, 240 test clips"
+STEPS, BATCH, RATES, SIZES = 120, 8, (5e-4, 3e-3, 2e-2), {"train": 320, "val": 96, "test": 240}
 CHAINS = {"dist": "dist(frames=4, pool=1)", "frame average": "probe()"}
 
 
-def run(seeds, model="dinov2-s", side=56, steps=STEPS, sizes=_clips.SIZES, rates=RATES):
+def run(seeds, model="dinov2-s", side=56, steps=STEPS, sizes=SIZES, rates=RATES):
     task = _clips.Directions(model, 4, side, sizes)
     per_seed, facts = _bench.arms(task, CHAINS, seeds, steps, BATCH, rates)
     batch = _bench.first(task, size=BATCH)

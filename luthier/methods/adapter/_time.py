@@ -1,8 +1,14 @@
 """What methods that see time share: rows of a clip, its grid of patches, convolutions over frames."""
 
 import torch.nn.functional as F
+from torch import nn
 
 from luthier.errors import DoesNotFit
+
+
+def looks(site):
+    """Whether the tower of this site begins with pixels."""
+    return any(isinstance(m, nn.Conv2d) for m in site.stack.module.modules())
 
 
 def clips(t, x):                           # (B N, ...) -> (B, N, ...)

@@ -10,7 +10,7 @@ the class token (Adapter1). Either half can be switched off. Their text adapters
 import torch
 
 from luthier.method import Method, method
-from luthier.methods.adapter._time import clips, grid, over_space, over_time
+from luthier.methods.adapter._time import clips, grid, looks, over_space, over_time
 
 
 @method
@@ -23,6 +23,8 @@ class ted(Method):
 
     def init(self, site):                  # trains w (2 D + 5) + D for the one, w (2 D + 11) + D for the other;  w = D / reduce
         d, w, state = site.d_out, max(1, site.d_out // self.reduce), {}
+        if not looks(site):
+            return None                    # a tower of words
         for on, n, kernel in ((self.enhance, "e", (3, w)), (self.difference and site.role != "final", "o", (w, 1, 3, 3))):
             if on:
                 state |= {n + "D": site.uniform(w, d, bound=d**-0.5), n + "d": site.zeros(w), n + "K": site.zeros(*kernel),
