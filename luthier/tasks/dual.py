@@ -44,6 +44,12 @@ class Named(nn.Module):
         """Of the features: d."""
         return getattr(self.config, "projection_dim", None) or self.config.vision_config.hidden_size
 
+    def example(self, rows=1, tokens=128):
+        """One batch such as it takes: the texts are its own."""
+        from ..cost import example
+
+        return {"pixel_values": example(self.dual, rows, 1)["pixel_values"]}
+
     def images(self, pixel_values):
         """(B, 3, H, W) -> unit vectors (B, d)."""
         pixel_values = pixel_values.to(next(self.dual.parameters()).dtype)
