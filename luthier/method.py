@@ -226,10 +226,10 @@ def include(path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    INCLUDED[str(path.resolve())] = None
     new = sorted(set(REGISTRY) - known) or [n for n, m in REGISTRY.items() if m.__module__ == path.stem]
     if not new:
         raise BadChain(f"--import {path}: the file defines no @method class. See `luthier methods` for examples.")
+    INCLUDED[str(path.resolve())] = None
     return new
 
 

@@ -72,7 +72,7 @@ class ToyTuned(nn.Module):
     def trainable(self):
         return list(self.states.named_parameters())
 
-    def penalty(self):
+    def penalty(self, batch=None):
         return 1e-3 * self.states["toy"].A.square().sum()
 
     def step(self, optimizer=None):

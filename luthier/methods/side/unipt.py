@@ -46,10 +46,10 @@ class unipt(Method):
         return t.map_h(lambda h: h + new if self.residual else new.to(h.dtype))
 
     def fused(self, t, p, a):              # -> c: (B, 1 or T, L), m: L of (B, T, w)
-        xs = tapped(t, p)
-        seen = {k: t.recall(k + p.site_name, x[:, None])[0][:, 0] for k, x in (xs | {"anchor": a}).items()}     # (B, S, w)
-        see = t.sees(seen["anchor"].shape[1])
-        anchor, merged, scores = visible(seen.pop("anchor"), see), [], []
+        xs, own = tapped(t, p), f"{p.key}>anchor"
+        seen = {k: t.recall(k + p.site_name, x[:, None])[0][:, 0] for k, x in (xs | {own: a}).items()}          # (B, S, w)
+        see = t.sees(seen[own].shape[1])
+        anchor, merged, scores = visible(seen.pop(own), see), [], []
         for k, z in seen.items():
             s = torch.relu(a @ z.mT)       # (B, T, S)
             s = s if see is None else s * see
