@@ -32,7 +32,8 @@ def test_most_pairs_compose():
     for model in check.PAIR_MODELS:
         section = PAGE.read_text(encoding="utf-8").partition(f"## {model}\n")[2].partition("\n## ")[0]
         cells = [c.strip() for line in section.splitlines() if line.startswith("|") for c in line.split("|")[2:-1]]
-        assert cells.count("+") > 0.75 * len(NAMES) ** 2, "most of the matrix should say +"
+        runs, refused = cells.count("+"), cells.count("r")              # the rest needs a model of another kind
+        assert runs > 0.9 * (runs + refused) and runs > 0.5 * len(NAMES) ** 2, "most of the matrix should say +"
 
 
 def test_a_pair_that_cannot_be_undone_is_caught(monkeypatch):
