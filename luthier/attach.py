@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .errors import BadOrder, DoesNotFit, LuthierError, NotMergeable, ScheduleNotStepped
-from .host import Entry, Host, Owner, fetch, place
+from .host import Entry, Host, Owner
+from .host.patch import fetch, place
 from .method import Chain, call, parse
 from .remat import lean
 from .site import find, sites

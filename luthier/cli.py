@@ -238,7 +238,7 @@ def _tune(a, model, chain):
 
 @command(arg("vision", metavar="VISION", help="the model that looks: a zoo name, a local folder, a hub id, or timm:NAME"),
          arg("language", metavar="LANGUAGE", help="the model that writes"),
-         arg("--with", dest="way", default="limber()", metavar="WAY", help="the bridge between them (default limber())"),
+         arg("--with", dest="way", metavar="WAY", help="the bridge between them (default: one linear map)"),
          arg("--data", required=True, metavar="PAIRS", help="rows of an image or several, a prompt if any, and a response: "
                                                             "JSONL, CSV, Parquet, or built-in: scenes:caption, scenes:vqa, nlvr"),
          arg("--tune", dest="chain", default="full(at='connector')", metavar="CHAIN",
@@ -250,7 +250,7 @@ def bridge(a):
     luthier bridge dinov2-s smollm2-135m --with "limber()" --data pairs.jsonl --out captioner
     luthier predict captioner image.png "how many red circles?"
     """
-    _tune(a, f"{a.vision}+{a.language}:{a.way}", a.chain)
+    _tune(a, f"{a.vision}+{a.language}" + f":{a.way}" * bool(a.way), a.chain)
 
 
 @command(arg("folder", metavar="DIR", nargs="?", help="what `luthier tune` wrote; with --rack none"),

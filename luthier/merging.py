@@ -19,7 +19,8 @@ import torch
 from . import save
 from .attach import attach, mergeable, plan
 from .errors import BadOrder, BadState
-from .host import Entry, Host, Owner, composed, fetch
+from .host import Entry, Host, Owner
+from .host.patch import composed, fetch
 from .method import call
 from .state import State
 

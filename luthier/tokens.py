@@ -24,6 +24,10 @@ def together(n):
         _TOGETHER[0] = before
 
 
+def rows_together():
+    return _TOGETHER[0]
+
+
 @dataclass(frozen=True)
 class Tokens:
     """h: (B, T, D). lanes: name -> (B, T, *), aligned with h; spans: name -> (start, stop) of inserted tokens, which live in

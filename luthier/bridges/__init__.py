@@ -22,9 +22,9 @@ import pkgutil
 from ..errors import UnknownName, nearest
 from ..method import declared, tree
 from .model import Bridged, bridge
-from .way import WAYS, Fit, Seen, Way, way
+from .way import DEFAULT, WAYS, Fit, Seen, Way, way
 
-__all__ = ["Bridged", "Fit", "Seen", "Way", "bridge", "discover", "parse", "way"]
+__all__ = ["DEFAULT", "Bridged", "Fit", "Seen", "Way", "bridge", "discover", "parse", "way"]
 
 
 @functools.cache

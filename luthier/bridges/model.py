@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from ..errors import DoesNotFit
 from ..tokens import together
-from .way import Fit, Run, Seen
+from .way import DEFAULT, Fit, Run, Seen
 
 IGNORE = -100
 EYES = ("vision_model", "vision_tower", "visual")
 
 
-def bridge(vision, language, with_="limber()", *, seed=0, dtype=None):
+def bridge(vision, language, with_=DEFAULT, *, seed=0, dtype=None):
     """A Bridged of two models, each a module or what `luthier.zoo.load` takes; the connector starts untrained, from `seed`."""
     from .. import zoo
     from . import parse

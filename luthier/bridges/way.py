@@ -8,6 +8,7 @@ from ..errors import BadChain
 from ..method import Declared
 
 WAYS = {}                               # name -> Way subclass
+DEFAULT = "limber()"
 
 
 class Way(Declared):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attach import attach, base_of, plan
 from ..errors import BadState, DoesNotFit, LuthierError, NoSuchSite, WrongBase, nearest
-from ..host import fetch
+from ..host.patch import fetch
 from ..method import Chain, call
 from ..site import find, sites
 from . import files

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from .. import save
 from ..attach import base_of
 from ..errors import BadState, DoesNotFit
-from ..host import Host, fetch
+from ..host import Host
+from ..host.patch import fetch
 from . import files
 from .layout import layouts, rows_of
 from .settings import COPIES, ROOT, WRAP, declared, selected, task_of, tensors_of

@@ -16,7 +16,8 @@ import torch
 from torch.func import vmap
 
 from ..errors import DoesNotFit
-from ..host import Entry, _put, _take
+from ..host import Entry
+from ..host.patch import put, take
 from ..method import call
 from ..save import _plain
 from ..state import Overlay
@@ -101,9 +102,9 @@ class Runs:
             if e.fast_wants_weight:
                 P, b = patch.tensors(e.param, patch.slow)
                 have = {"W": e.site.read(P), "b": None if b is None else e.site.read_b(b)}
-            ys = y if e.site.rows is None else _take(y, e.site.rows)
+            ys = y if e.site.rows is None else take(y, e.site.rows)
             new = self.fast(e, x, ys, have) if isinstance(e, RowEntry) else call(e.method, "fast", x=x, y=ys, p=e.p, **have)
-            y = new if e.site.rows is None else _put(y, e.site.rows, new)
+            y = new if e.site.rows is None else put(y, e.site.rows, new)
         return y
 
     def _meet(self, place, x):

@@ -12,12 +12,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import zoo
 from ..errors import BadData, DoesNotFit
 from .headed import Output
 
 
-def is_dual(model):
-    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+def loaded(task, dtype=None):
+    """The dual encoder that a task is to be built on."""
+    if task.model is None:
+        raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"tiny-clip\".")
+    dual = zoo.load(task.model, dtype)
+    if not (hasattr(dual, "get_text_features") and hasattr(dual, "get_image_features")):
+        raise DoesNotFit(f"{task.origin.ref} is no dual encoder: it gives no image and text features to compare. Use CLIP or "
+                         "SigLIP, in the zoo tiny-clip; or task=\"image-classification\".")
+    dual.luthier_origin = task.origin
+    return dual
 
 
 class Named(nn.Module):

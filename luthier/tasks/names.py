@@ -11,11 +11,10 @@ zero-shot. Classes that only the test part shows are *new* ones:
 import torch
 from torch.nn import functional as F
 
-from .. import zoo
-from ..errors import BadData, DoesNotFit
+from ..errors import BadData
 from . import metrics
 from .classify import label
-from .dual import Named, encode, is_dual
+from .dual import Named, encode, loaded
 from .image import ImageClassification
 
 TEMPLATE = "a photo of a {}."
@@ -88,13 +87,7 @@ class ClassNames(ImageClassification):
         super().limit(name, most, seed)
 
     def build(self, seed=0, dtype=None):
-        if self.model is None:
-            raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"tiny-clip\".")
-        dual = zoo.load(self.model, dtype)
-        if not is_dual(dual):
-            raise DoesNotFit(f"{self.origin.ref} is no dual encoder: it gives no image and text features to compare. Use CLIP or "
-                             "SigLIP, in the zoo tiny-clip, or task=\"image-classification\".")
-        model = Named(dual, self.tokenizer, self.shown, self.template, self.old, self.parts)
+        model = Named(loaded(self, dtype), self.tokenizer, self.shown, self.template, self.old, self.parts)
         model.luthier_origin = self.origin
         return model.eval()
 

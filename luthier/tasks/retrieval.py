@@ -8,10 +8,9 @@ pair (SigLIP 2303.15343 §3.2) where the model has a logit bias."""
 import torch
 from torch.nn import functional as F
 
-from .. import zoo
-from ..errors import BadData, DoesNotFit
+from ..errors import BadData
 from . import metrics
-from .dual import is_dual
+from .dual import loaded
 from .image import UNREADABLE, ImageClassification
 
 
@@ -82,14 +81,7 @@ class Retrieval(ImageClassification):
         return batch | {"labels": torch.tensor(same)}    # (text, image): which pairs belong together
 
     def build(self, seed=0, dtype=None):
-        if self.model is None:
-            raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"tiny-clip\".")
-        dual = zoo.load(self.model, dtype)
-        if not is_dual(dual):
-            raise DoesNotFit(f"{self.origin.ref} is no dual encoder: it gives no image and text features to compare. Use CLIP or "
-                             "SigLIP, in the zoo tiny-clip.")
-        dual.luthier_origin = self.origin
-        return dual
+        return loaded(self, dtype)
 
     def loss(self, model, batch):
         out, same = self.forward(model, batch), batch["labels"]

@@ -156,7 +156,10 @@ def load(ref, dtype=None, weights=True):
 def _pair(ref):
     """(vision, language, way) of VISION+LANGUAGE[:WAY], else None."""
     found = re.fullmatch(r"(.+?)\+(.+?)(?::(\w+(?:\(.*\))?))?", ref)
-    return None if found is None or Path(ref).exists() else (found[1], found[2], found[3] or "limber()")
+    if found is None or Path(ref).exists():
+        return None
+    from ..bridges import DEFAULT
+    return found[1], found[2], found[3] or DEFAULT
 
 
 def paired(vision, language, way):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from luthier.errors import BadChain, BadState, WrongBase, nearest
-from luthier.host import fetch
+from luthier.host.patch import fetch
 
 PART = 1 << 18                             # entries worked on at a time: enough for several threads, few enough for the cache
 EVERY = 64                                 # of so many parts, one says where a cut will about be
