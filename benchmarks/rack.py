@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import luthier
+from luthier import cost
 
 from .common import clock, ids, llama, row
 
@@ -62,10 +63,10 @@ def mixed(method, rows=16, tokens=128, rounds=7, shape=FULL):
     """One forward of `rows` rows of different adapters over one of a single adapter: by the rack, and by that adapter alone."""
     with racked(method, rows, shape) as (rack, alone), torch.no_grad():
         batch, every = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k}" for k in range(rows)]
-        got = ratios({"mixed": lambda: rack(batch, names=every), "one": lambda: rack(batch, names=["a0"] * rows),
-                      "attached": lambda: alone(**batch), "base": lambda: rack(batch, names=[None] * rows)}, rounds,
-                     method=method, rows=rows, tokens=tokens)
-        return got | {"served": rack.cost()["kinds"][0]}
+        fns = {"mixed": lambda: rack(batch, names=every), "one": lambda: rack(batch, names=["a0"] * rows),
+               "attached": lambda: alone(**batch), "base": lambda: rack(batch, names=[None] * rows)}
+        work = {name: cost.flops(fn) for name, fn in fns.items()}
+        return ratios(fns, rounds, method=method, rows=rows, tokens=tokens, flops=work) | {"served": rack.cost()["kinds"][0]}
 
 
 def decode(method, rows=16, new=32, rounds=5, shape=FULL):
@@ -169,7 +170,9 @@ def mixes(methods=tuple(CHAINS), rows=16, tokens=128, rounds=5):
     for method in methods:
         for what, got in ((f"forward {rows} x {tokens}", mixed(method, rows, tokens, rounds)),
                           (f"32 tokens for {rows} prompts", decode(method, rows, rounds=max(3, rounds // 2)))):
-            found.append(row(f"{rows} adapters in {rows} rows over one adapter: {method}, {what}", got["ratio"], 1.5, detail=got))
+            more = f"multiply-adds, counted: {got['flops']['mixed'] / got['flops']['one']:.2f}" if "flops" in got else ""
+            found.append(row(f"{rows} adapters in {rows} rows over one adapter: {method}, {what}", got["ratio"], 1.5, note=more,
+                             detail=got))
     return found
 
 

@@ -34,12 +34,18 @@ class randlora(Method):
         return dict(L=site.zeros(n, r), G=G, A=A, B=B)
 
     def weight(self, W, p):                # (d_out, d_in)
-        A = (p.L[:, :, None] * p.A * p.G[:, None, :]).flatten(0, 1)                 # [Λ_j A Γ_j]: (n r, d)
-        delta = p.B @ A
+        delta = p.B @ self._short(p)
         return W + self.scale * (delta if delta.shape == W.shape else delta.T)
 
+    def _short(self, p):                   # [Λ_j A Γ_j]: (n r, d)
+        return (p.L[:, :, None] * p.A * p.G[:, None, :]).flatten(0, 1)
+
     def fast(self, x, y, p):               # x: (..., d_in) -> (..., d_out); z: (..., n, r)
-        if y.shape[-1] >= x.shape[-1]:
+        wide = y.shape[-1] >= x.shape[-1]
+        if x.numel() // x.shape[-1] > self.rank:            # many tokens: one pass over the factor, not n over x or z
+            A = self._short(p)
+            return y + self.scale * (x @ A.T @ p.B.T if wide else x @ p.B @ A)
+        if wide:
             z = (x[..., None, :] * p.G) @ p.A.T * p.L
             return y + self.scale * z.flatten(-2) @ p.B.T
         z = (x @ p.B).unflatten(-1, p.L.shape) * p.L
