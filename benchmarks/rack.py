@@ -88,9 +88,7 @@ def loads(n=40, method="lora", shape=FULL):
             made.append(shutil.copytree(first, Path(root) / f"copy{k}"))
         rack, each = luthier.Rack(llama(**shape).eval(), "16GB"), []
         for k in range(n):
-            start = time.perf_counter()
-            rack.load(f"a{k}", made[k % len(made)])
-            each.append(1e3 * (time.perf_counter() - start))
+            each.append(1e3 * cost.clock(lambda: rack.load(f"a{k}", made[k % len(made)])))           # noqa: B023
         return dict(n=n, method=method, each_ms=each, first_ms=each[0], last_ms=each[-1], total_s=sum(each) / 1e3,
                     flat=statistics.median(each[-10:]) / statistics.median(each[1:11]))
 
@@ -135,12 +133,8 @@ def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
         rack = luthier.Rack(llama(**shape).eval(), "16GB")
         rack.load("a0", ours[0])
         for k in range(1, n):                              # turn by turn
-            start = time.perf_counter()
-            model.load_adapter(theirs[k], adapter_name=f"a{k}")
-            each.append(1e3 * (time.perf_counter() - start))
-            start = time.perf_counter()
-            rack.load(f"a{k}", ours[k])
-            ours_each.append(1e3 * (time.perf_counter() - start))
+            each.append(1e3 * cost.clock(lambda: model.load_adapter(theirs[k], adapter_name=f"a{k}")))         # noqa: B023
+            ours_each.append(1e3 * cost.clock(lambda: rack.load(f"a{k}", ours[k])))                          # noqa: B023
         model.eval()
         batch, names = dict(input_ids=ids(rows, tokens, shape["vocab"])), [f"a{k % n}" for k in range(rows)]
         with torch.no_grad():
@@ -150,18 +144,16 @@ def peers(rows=16, tokens=128, n=40, rounds=5, shape=FULL):
                          "rack_one": lambda: rack(batch, names=["a0"] * rows)}, rounds)
         got = {name: summary(t) for name, t in times.items()}
 
-        def switch(k):
-            model.set_adapter(f"a{k % n}")
+        def switch():
+            for k in range(10):
+                model.set_adapter(f"a{k % n}")
 
-        start = time.perf_counter()
-        for k in range(10):
-            switch(k)
         return dict(rows=rows, tokens=tokens, peft=peft.__version__, **got,
                     peft_ratio=got["peft_mixed"]["median"] / got["peft_plain"]["median"],
                     rack_ratio=got["rack_mixed"]["median"] / got["rack_one"]["median"],
                     loads=dict(n=n, peft_ms=each, rack_ms=ours_each, peft_last_ms=each[-1], rack_last_ms=ours_each[-1],
                                peft_total_s=sum(each) / 1e3, rack_total_s=sum(ours_each) / 1e3),
-                    peft_switch_ms=100 * (time.perf_counter() - start))
+                    peft_switch_ms=100 * cost.clock(switch))
 
 
 def mixes(methods=tuple(CHAINS), rows=16, tokens=128, rounds=5):

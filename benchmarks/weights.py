@@ -95,9 +95,8 @@ def merge(name="smollm2-135m", rounds=5):
         for turn in range(rounds):
             for what in sorted(times, reverse=bool(turn % 2)):
                 shutil.rmtree(out)
-                start = time.perf_counter()
-                luthier.merge(base, chain, out) if what == "merge" else _disk(paths, out)
-                times[what].append(time.perf_counter() - start)
+                times[what].append(cost.clock(lambda: luthier.merge(base, chain, out) if what == "merge"          # noqa: B023
+                                              else _disk(paths, out)))
     return [row(f"TIES of three {name}: peak above the base, over its largest layer", watched["anonymous"] / largest, 1.0,
                 bytes=dict(watched, block=block, largest=largest, live=ours)),
             timed(f"TIES of three {name}: seconds over reading three and writing one", times, "merge", "disk", 2.0,

@@ -262,6 +262,21 @@ LINES = [shlex.split(line.removeprefix("$ ")) for block in re.findall(r"```(?:co
          for line in re.sub(r"\\\n *", "", block).splitlines() if line.startswith(("$ ", "srun "))]
 
 
+def test_the_figures_of_the_page_are_those_of_the_shape():
+    from luthier import attach, cost
+
+    model = cost.shape("shape:llama-7b")
+    blocks = [sum(p.nbytes for p in b.parameters()) for b in model.model.layers]
+    whole, n = sum(p.nbytes for p in model.parameters()), sum(p.numel() for _, p in attach(model, "lora()").trainable())
+    beside = whole - sum(blocks)
+    text = " ".join(PAGE.split())
+    assert (f"the base is {whole / 1e9:.2f} GB, a block {blocks[0] / 1e9:.2f} GB, what is outside of blocks "
+            f"{beside / 1e9:.2f} GB, and `lora()` (r 8, q and v) has {n / 1e6:.1f} million numbers, {8 * n / 1e6:.0f} MB with "
+            "gradient and moments") in text
+    assert (f"Over 8 GPUs that is {whole / 8e9:.1f} + {2 * blocks[0] / 1e9:.1f} + {beside / 1e9:.1f} GB a GPU under fsdp against "
+            f"{whole / 1e9:.1f} GB under ddp") in text
+
+
 @pytest.mark.parametrize("words", LINES, ids=lambda w: " ".join(w)[:60])
 def test_every_command_of_the_page_is_understood(words):
     """Each goes through torchrun's own parser and ours."""
