@@ -283,7 +283,9 @@ _BLOCKS = re.compile(r"block\.-?\d+(-(-?\d+)?)?")
 
 def _match(every, word):
     if word in every.by_name:
-        return {every.by_name[word]}
+        named = every.by_name[word]                         # of a tied embedding, a model may run another view (T5's encoder's)
+        return {named} | {s for s in every if s.name in named.tied and s.role == named.role and s.kind == named.kind
+                          and named.tower == "" != s.tower}
     word += ".all" * (word in every.towers)
     tower, _, rest = word.partition(".")
     tower, rest = (tower, rest) if tower in every.towers and rest else (None, word)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import luthier.anatomy
+from luthier import attach, tiny
 from luthier.errors import NoSuchSite
 from luthier.site import Fixed, Site, Stack, find, sites
 
@@ -628,3 +629,14 @@ def test_a_site_says_what_it_is():
 def test_the_page_is_fresh():
     page = pathlib.Path(__file__).parent.parent / "docs" / "sites.md"
     assert page.read_text() == architectures.table(), "docs/sites.md is stale: run python tests/architectures.py"
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_a_change_of_the_token_embedding_reaches_the_output(name):
+    """T5 keeps the table under four names, and runs those in its towers."""
+    model, batch = tiny.build(name), tiny.batch(name)
+    before = tiny.output(model, batch)
+    tuned = attach(model, "full(at='embed.token')").eval()
+    for _, p in tuned.trainable():
+        p.data *= 1.5
+    assert not torch.allclose(tiny.output(tuned, batch), before)

@@ -371,12 +371,12 @@ class Reader:
                 raise BadState(f"{self.folder}: of {s.path} only {', '.join(have)} is there. The file is incomplete.")
         m, d = self._copier(set(groups))
         steps = [{}]
-        for s, have in groups.items():
-            state = {d["copies"][k]: t for k, t in have.items()}
+        for s in (s for s in self.every if s in groups):
+            state = {d["copies"][k]: t for k, t in groups[s].items()}
             twin = next((o for o in steps[0] if s.name in o.tied), None)
-            if twin is None:
-                steps[0][s] = state
-            elif not all(t.equal(steps[0][twin][k]) for k, t in state.items()):
+            if twin is None or all(t.equal(steps[0][twin][k]) for k, t in state.items()):
+                steps[0][s] = state if twin is None else None                   # None: another view of the same state
+            else:
                 steps.append({s: state})                   # a tied weight of which two copies went apart
         return [self._step(m, {}, states) for states in steps]
 
@@ -399,7 +399,7 @@ class Reader:
             made = m(**hyper, at=text) if text != m.at else m(**hyper)
         except LuthierError as e:
             raise DoesNotFit(f"{self.where}: {e}") from None
-        return made, {s.name: state for s, state in states.items()}
+        return made, {s.name: state for s, state in states.items() if state is not None}
 
     def attach(self, model, steps, name):
         chain = Chain(tuple(m for m, _ in steps))
