@@ -35,6 +35,8 @@ def merge(model, chain, out, *, seed=0, data=(), loss=None):
 
 def plain(body, folder, save_file):
     """Save a module as its library does, through our save_file; returns the line of Python that loads it."""
+    if hasattr(body, "write"):                              # a bridged model
+        return body.write(folder, save_file)
     if hasattr(body, "save_pretrained"):
         from transformers import modeling_utils
 

@@ -236,6 +236,12 @@ class Bridged(nn.Module):
         """What the way adds to the loss of the text."""
         return self.way.loss(self, out["front"], labels, words)
 
+    def write(self, folder, save_file=None):
+        """Into a folder that `luthier.zoo.load` reads."""
+        from .folder import write
+
+        return write(self, folder, save_file)
+
     def generate(self, input_ids=None, attention_mask=None, pixel_values=None, image_mask=None, image_states=None, **more):
         """As the language model generates; of a decoder, prompt and continuation."""
         if image_states is None and pixel_values is not None:

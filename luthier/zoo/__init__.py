@@ -29,6 +29,9 @@ from .table import HALF, IMAGENET, TABLE
 __all__ = ["Origin", "about", "entries", "installed", "lasting", "load", "names", "paired", "processor", "train"]
 
 
+BRIDGE = "bridge.json"          # what a folder with a bridged model holds
+
+
 @dataclass(frozen=True)
 class Origin:
     ref: str                   # what load() was given: load(ref) gives the same model again
@@ -114,12 +117,16 @@ def about(ref):
         if row.kind == "vision":
             return Origin(ref, row.kind, row.licence, "", dict(row.image), row.pool)
         folder = _folder(row)
+        if (folder / BRIDGE).is_file():
+            return _bridged(folder, ref, row.licence)
         facts = json.loads((folder / "config.json").read_text("utf-8"))
         longest = min(_longest(facts), _longest(facts.get("text_config") or {}))
         return Origin(ref, row.kind, row.licence, str(folder), dict(row.image), row.pool, longest)
     if ref.startswith("timm:"):
         return _timm_origin(ref)
     if Path(ref).is_dir():
+        if (Path(ref) / BRIDGE).is_file():
+            return _bridged(Path(ref), ref)
         if _is_timm(ref):
             return _timm_origin(ref)
     elif ref.count("/") != 1 or ref.startswith((".", "/", "~")) or Path(ref).exists():
@@ -143,6 +150,9 @@ def load(ref, dtype=None, weights=True):
     if ref in TABLE and TABLE[ref].convert == "effnet_lite0":
         from . import convert
         module = convert.effnet_lite0(_folder(TABLE[ref]), weights).to(dtype)
+    elif (folder := _folder(TABLE[ref]) if ref in TABLE else Path(ref)).is_dir() and (folder / BRIDGE).is_file():
+        from ..bridges import folder as bridges
+        module = bridges.read(folder, dtype, weights)
     elif ref in TABLE:
         module, unused = _transformers(_folder(TABLE[ref]), ref, dtype, weights)
     elif ref.startswith("timm:") or Path(ref).is_dir() and _is_timm(ref):
@@ -174,6 +184,16 @@ def paired(vision, language, way):
                   longest=language.longest, parts=(vision, language))
 
 
+def _bridged(folder, ref, licence=None):
+    """The Origin of a bridged model in a folder."""
+    from ..bridges import folder as bridges
+
+    facts = bridges.facts(folder)
+    parts = tuple(about(bridges.part(folder, facts, p)) for p in bridges.PARTS)
+    image = {k: tuple(v) for k, v in facts["image"].items()}
+    return Origin(str(ref), "image-text", licence or facts["licence"], parts[1].folder, image, longest=parts[1].longest, parts=parts)
+
+
 def lasting(ref):
     """The same reference, good from any working directory."""
     if not isinstance(ref, nn.Module) and (pair := _pair(str(ref))) is not None:
@@ -184,7 +204,7 @@ def lasting(ref):
 def train(name, out, say=print, **settings):
     """Train one of Luthier's own models anew, by its file in luthier/zoo/recipes, into the folder `out`; returns its scores."""
     from . import recipes
-    known = [n.replace("_", "-") for n in sorted(m.name for m in pkgutil.iter_modules(recipes.__path__))]
+    known = [n.replace("_", "-") for n in sorted(m.name for m in pkgutil.iter_modules(recipes.__path__)) if n[0] != "_"]
     if name not in known:
         raise UnknownName(f"{name!r} is none of the models that Luthier trained itself: {', '.join(known)}. "
                           f"{nearest(name, known)}")
