@@ -180,6 +180,7 @@ def compare(a):
     latency, and writes a table, report.html and pareto.png. Stopped, the same command goes on where it was.
 
     luthier compare reviews.csv --model minilm --methods "probe, full, lora(rank=8), lora() >> ssf()" --out runs/reviews
+    luthier compare scenes-multitask --model tiny-vlt5 --methods "full, vl_adapter, lora" --out runs/four-tasks
     """
     _include(a)
     from .compare.run import GRID, compare

@@ -2,6 +2,7 @@
 against the untouched model. The two sides run in turns, so that what else the machine does hits both."""
 
 import statistics
+from itertools import islice
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,9 +19,11 @@ class Meter:
     """Measures chains on one task. The reference (everything trains) and the bare model are made once and kept."""
 
     def __init__(self, task, batch_size, seed=0):
-        self.task, self.seed = task, seed
-        self.batch = next(iter(task.batches("train", batch_size, seed=seed)))
-        self.one = {k: v for k, v in next(iter(task.batches("train", 1, seed=seed))).items()}
+        self.task, self.seed, self.size = task, seed, batch_size
+        first = list(islice(task.batches("train", batch_size, seed=seed), 8 if len(getattr(task, "kinds", ())) > 1 else 1))
+        self.place = max(range(len(first)), key=lambda i: sum(v.numel() for v in first[i].values()))     # the largest kind of row
+        self.batch = first[self.place]
+        self.one = next(iter(task.batches("train", 1, seed=seed)))
         self.bare = task.build(seed=seed)
         try:
             self.reference = self._step(self._ready(WHOLE))
@@ -30,23 +33,31 @@ class Meter:
     def _ready(self, chain):
         return ready(self.task, chain, self.seed, len(next(iter(self.batch.values()))))
 
+    def _fed(self, tuned):
+        """The batch as training feeds it: what frozen eyes saw in place of pixels."""
+        if not hasattr(self.task, "seeing"):
+            return self.batch
+        with self.task.seeing(tuned):
+            return next(islice(self.task.batches("train", self.size, seed=self.seed), self.place, None))
+
     def _step(self, tuned):
         """A function that does one whole train step."""
+        batch = self._fed(tuned)
         if not tuned.chain:                                # nothing trains: a step is a look at the batch
-            step = torch.no_grad()(lambda: self.task.logits(tuned, self.batch))
-            step.holds = lambda: [*tuned.parameters(), *tuned.buffers(), *self.batch.values()]
+            step = torch.no_grad()(lambda: self.task.logits(tuned, batch))
+            step.holds = lambda: [*tuned.parameters(), *tuned.buffers(), *batch.values()]
             return step
         tuned.train()
         tuned.total_steps = 1000
         optimizer = torch.optim.AdamW([p for _, p in tuned.trainable()], lr=1e-5)
 
         def step():
-            (self.task.loss(tuned, self.batch) + tuned.penalty()).backward()
+            (self.task.loss(tuned, batch) + tuned.penalty()).backward()
             optimizer.step()
             tuned.step(optimizer)
             optimizer.zero_grad()
 
-        step.holds = lambda: [*tuned.parameters(), *tuned.buffers(), *self.batch.values(),
+        step.holds = lambda: [*tuned.parameters(), *tuned.buffers(), *batch.values(),
                               *(v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))]
         return step
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from .rows import COSTS, answer, brief, rows, short
-from .table import COLUMNS, cells, ordered, score
+from .table import COLUMNS, cells, figure, ordered, parts, score
 
 AXES = (("trained", "trained parameters", 1, True), ("memory", "peak training memory, MB", 1e-6, False),
         ("step", "step time / full", 1, False))
@@ -137,6 +137,12 @@ img { width: 100%; height: auto; display: block; margin: 8px 0 }
 pre { background: var(--wash); padding: 12px 16px; border-radius: 6px; overflow-x: auto; margin: 0 0 10px }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; font-size: 14.5px }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(460px, 1fr)); gap: 14px }
+.card { display: grid; grid-template-columns: max-content 1fr; gap: 14px; border: 1px solid var(--line); border-radius: 6px; padding: 12px }
+.card dl { gap: 2px 12px; font-size: 13.5px } .card p { margin: 0 0 6px; font-size: 14.5px } .images { display: grid; gap: 4px }
+.images img { width: 88px; height: auto; margin: 0; image-rendering: pixelated; border-radius: 3px }
+.images img:nth-child(n+2) { width: 88px } .right { color: #23774a; font-weight: 600 } summary { color: var(--soft); font-size: 13px;
+cursor: pointer; margin-top: 6px } details dl { margin-top: 4px }
 """
 
 
@@ -144,7 +150,7 @@ def page(document, found, said, picture):
     e = html.escape
     task, setting, n = document["task"], document["setting"], max((len(r["scores"]) for r in found), default=0)
     sizes = task["sizes"]
-    body = "".join(_row(r, said) for r in found)
+    body = "".join(_row(r, said, parts(document)) for r in found)
     image = base64.b64encode(picture).decode()
     facts = {"Model": setting["model"], "Data": setting["data"], "Task": f"{task['kind']}; " + ", ".join(
                  f"{split} {k:,}" for split, k in sizes.items()),
@@ -156,9 +162,11 @@ def page(document, found, said, picture):
     if task.get("notes"):
         facts["Data notes"] = "; ".join(task["notes"])
     listed = "".join(f"<dt>{e(k)}</dt><dd>{e(str(v))}</dd>" for k, v in facts.items())
-    heads = "".join(f"<th>{e(t)}</th>" for t in ["method", f"{task['metric']} (n={n})", *(title for _, title, _ in COLUMNS)])
+    each = parts(document)
+    heads = "".join(f"<th>{e(t)}</th>" for t in ["method", f"{task['metric']} (n={n})", *each.values(),
+                                                 *(title for _, title, _ in COLUMNS)])
     again = f"<h2>Run it again</h2><pre>{e(document['command'])}</pre>" if document["command"] else ""
-    raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "half", "lr", *COSTS)} for r in found]
+    raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "half", "each", "lr", *COSTS)} for r in found]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{e(short(setting['model']))} on {e(short(setting['data']))}: which way of tuning?</title><style>{STYLE}</style>
@@ -173,7 +181,7 @@ and cheaper in that cost (Pareto front).</p>
 <h2>Score against cost</h2>
 <img alt="Score against trained parameters, peak memory and step time; the Pareto front is drawn as a line"
 src="data:image/png;base64,{image}">
-<h2>How the figures were taken</h2>
+{looks(document, found, said)}<h2>How the figures were taken</h2>
 <dl>
 <dt>trained</dt><dd>numbers that the optimizer changes, the new head included</dd>
 <dt>stored</dt><dd>bytes of the saved folder, on disk, after training</dd>
@@ -190,12 +198,41 @@ method can be merged ({e(_merged(found))})</dd>
 """
 
 
-def _row(r, said):
+def looks(document, found, said):
+    """Rows of the test split with what the model says to them: untuned, tuned the way that was picked, and tuned each way."""
+    entry = document["entries"].get(document.get("samples", ""))
+    tried = {e["job"]["chain"]: e["result"]["tried"] for k in reversed(document["plan"])
+             if (e := document["entries"].get(k)) and "tried" in e["result"]}           # of the first seed
+    if not entry or not tried:
+        return ""
+    e, pick = html.escape, said["pick"] if said["pick"] in tried else next(iter(tried))
+    cards = []
+    for i, row in enumerate(entry["result"]["rows"]):
+        images = "".join(f'<img alt="" src="data:image/png;base64,{x}">' for x in row["images"])
+        others = "".join(f"<dt>{e(brief(r['chain']))}</dt><dd>{_said(tried[r['chain']][i])}</dd>" for r in found if r["chain"] in tried)
+        asked = " ".join(filter(None, (f"<b>{e(row['kind'])}</b>" if row["kind"] else "", e(row["prompt"] or ""))))
+        cards.append(f'<div class="card"><div class="images">{images}</div><div><p>{asked}</p><dl><dt>right</dt><dd>'
+                     f'{e(" / ".join(row["answers"][:3]))}</dd><dt>untuned</dt><dd>{_said(entry["result"]["tried"][i])}</dd><dt>'
+                     f'{e(brief(pick))}</dt><dd>{_said(tried[pick][i])}</dd></dl><details><summary>every way</summary><dl>{others}'
+                     '</dl></details></div></div>')
+    return ('<h2>What tuning changed</h2><p class="soft">Rows of the test split and what the model answers before and after (the first '
+            f'seed). ✓: right.</p><div class="cards">{"".join(cards)}</div>')
+
+
+def _said(answer):
+    text, right = answer
+    text = text if len(text) <= 200 else text[:199] + "…"
+    return f"<span class={'right' if right else 'wrong'}>{html.escape(text) or '(nothing)'}{' ✓' if right else ''}</span>"
+
+
+def _row(r, said, each=()):
     shown = cells(r)
     tds = [f"<td>{html.escape(brief(r['chain']))}</td>", f"<td>{shown[0]}</td>"]
+    apart = [f"<td title=\"{figure(*r['each'][k])}\">{figure(*r['each'][k]).partition(' ')[0]}</td>" if k in r["each"] else "<td>–</td>"
+             for k in each]
     if r["failed"]:
         tds[1] = f"<td title=\"{html.escape(r['failed'])}\">{score(r)}{'' if r['mean'] is None else ' (a run stopped)'}</td>"
-    tds += [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _),
+    tds += apart + [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _),
             text in zip(COLUMNS, shown[1:], strict=True)]
     return f"<tr{' class=pick' if r['chain'] == said['pick'] else ''}>{''.join(tds)}</tr>"
 

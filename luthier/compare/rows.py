@@ -21,18 +21,20 @@ def short(name):
 
 def rows(document):
     """[{"chain", "seeds", "scores", "mean", "half" (width of the 95% interval), "lr", "trained", "stored", "memory", "step",
-    "latency", "failed", "front": the costs on whose Pareto front it lies, ...}], None where a figure is missing."""
+    "latency", "failed", "front": the costs on whose Pareto front it lies, "each": {part of the data: (mean, half)}, ...}], None
+    where a figure is missing."""
     entries = [document["entries"][k] for k in document["plan"] if k in document["entries"]]
     found = []
     for chain in document["setting"]["methods"]:
         mine = [e for e in entries if e["job"]["chain"] == chain]
         scored = [e for e in mine if "score" in e["result"]]
-        row = dict.fromkeys(("mean", "half", "lr", "seconds", "step_seconds", "latency_seconds", "merged", *COSTS))
+        row = dict.fromkeys(("mean", "half", "lr", "seconds", "step_seconds", "latency_seconds", "merged", *COSTS)) | {"each": {}}
         row |= {"chain": chain, "seeds": [e["job"]["seed"] for e in scored], "scores": [e["result"]["score"] for e in scored],
                 "failed": next((e["result"]["failed"] for e in mine if "failed" in e["result"]), None)}
         if scored:
-            row["mean"], _, high = interval(row["scores"])
-            row["half"] = high - row["mean"] if len(scored) > 1 else None          # one seed has no interval
+            row["mean"], row["half"] = _mean(row["scores"])
+            row["each"] = {k: _mean(v) for k in document["task"].get("each", {})
+                           if len(v := [e["result"]["metrics"][k] for e in scored if k in e["result"]["metrics"]]) == len(scored)}
             row |= {k: scored[0]["result"][k] for k in ("trained", "stored")} | {"lr": scored[0]["job"]["lr"]}
             row["seconds"] = sum(e["result"]["seconds"] for e in scored) / len(scored)
         for e in mine:
@@ -42,6 +44,11 @@ def rows(document):
         row["front"] = [c for c in COSTS if _known(row, c) and not any(
             _beats(other, row, c, document["task"]["higher"]) for other in found if _known(other, c))]
     return found
+
+
+def _mean(values):
+    mean, _, high = interval(values)
+    return mean, high - mean if len(values) > 1 else None                          # one seed has no interval
 
 
 def _known(row, cost):
@@ -109,4 +116,4 @@ def _cheaper(pick, best, measured):
 
 
 def _share(ratio):
-    return f"1/{1 / ratio:.0f} of" if ratio < 0.1 else f"{ratio:.0%} of"
+    return "none of" if ratio == 0 else f"1/{1 / ratio:.0f} of" if ratio < 0.1 else f"{ratio:.0%} of"

@@ -55,6 +55,7 @@ def compare(data, model=None, methods="probe, full, lora(rank=8)", seeds=3, out=
         score = [dict(budget, kind="score", chain=c, seed=s, lr=rates.get(c, 1e-3), split="test") for s in seeds for c in chains]
         store.plan(score)
         train(score, "training")
+        _look(store, task, reference)
         if measure:
             costs = [dict(kind="cost", chain=c, batch_size=batch_size, task=reference, machine=machine()) for c in chains]
             store.plan(costs)
@@ -109,6 +110,15 @@ def _best(store, jobs, higher):
     """The learning rate with the best score; the grid's middle where every one of them failed."""
     done = [(store.result(j)["score"], j["lr"]) for j in jobs if "score" in store.result(j)]
     return (max if higher else min)(done, key=lambda d: d[0])[1] if done else jobs[len(jobs) // 2]["lr"]
+
+
+def _look(store, task, reference):
+    """Rows of the test split that a person can look at, and what the untuned model says to them."""
+    job = dict(kind="samples", task=reference)
+    if store.result(job) is None and (shown := task.samples()):
+        store.keep(job, {"rows": shown, "tried": task.tried(task.build(seed=0), shown)})
+    if store.result(job) is not None:
+        store.document["samples"] = store.key(job)
 
 
 def _measure(store, costs, task, batch_size, bar):

@@ -76,7 +76,7 @@ def read(path):
 
 def _mark(task):
     """What the data and model are, in few bytes: the task's description and a few of its examples."""
-    facts = {k: v for k, v in task.describe().items() if k != "notes"}
+    facts = {k: v for k, v in task.describe().items() if k not in ("notes", "each")}
     h = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name in ("train", "test"):
         for key, v in sorted(next(iter(task.batches(name, 8, shuffle=False))).items()):

@@ -24,10 +24,14 @@ def times(ratio):
 
 
 def score(row):
-    if row["mean"] is None:
+    return figure(row["mean"], row["half"])
+
+
+def figure(mean, half):
+    if mean is None:
         return "no result"
-    digits = 1 if abs(row["mean"]) >= 100 else 2 if abs(row["mean"]) >= 10 else 4
-    return f"{row['mean']:.{digits}f}" + ("" if row["half"] is None else f" ± {row['half']:.{digits}f}")
+    digits = 1 if abs(mean) >= 100 else 2 if abs(mean) >= 10 else 4
+    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 COLUMNS = (("trained", "trained", count), ("stored", "stored", size), ("memory", "peak memory", size),
@@ -41,16 +45,23 @@ def ordered(document, found=None):
     return sorted(found or rows(document), key=lambda r: (r["mean"] is None, sign * (r["mean"] or 0)))
 
 
-def cells(row):
-    return [score(row), *("–" if row[key] is None else show(row[key]) for key, _, show in COLUMNS)]
+def parts(document):
+    """The scores of parts of the data, {name: title}."""
+    return {k: k if metric == "accuracy" else f"{k} ({metric})" for k, metric in document["task"].get("each", {}).items()}
+
+
+def cells(row, each=()):
+    said = ["–" if k not in row["each"] else figure(*row["each"][k]).partition(" ")[0] for k in each]
+    return [score(row), *said, *("–" if row[key] is None else show(row[key]) for key, _, show in COLUMNS)]
 
 
 def show(document):
     """The table, what its marks mean, and the answer in plain words."""
     found, said = ordered(document), answer(document)
     n = max((len(r["scores"]) for r in found), default=0)
-    head = ["", "method", f"{document['task']['metric']} (n={n})", *(title for _, title, _ in COLUMNS)]
-    lines = [head] + [["*" if r["chain"] == said["pick"] else "", brief(r["chain"]), *cells(r)] for r in found]
+    each = parts(document)
+    head = ["", "method", f"{document['task']['metric']} (n={n})", *each.values(), *(title for _, title, _ in COLUMNS)]
+    lines = [head] + [["*" if r["chain"] == said["pick"] else "", brief(r["chain"]), *cells(r, each)] for r in found]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     sides = [str.ljust] * 3 + [str.rjust] * (len(head) - 3)
     out = ["  ".join(side(c, w) for c, w, side in zip(line, widths, sides, strict=True)).rstrip() for line in lines]

@@ -1,7 +1,8 @@
 """The entries of a comparison: plain dicts in, plain dicts out, so that they run here, in other processes or on other machines.
 
     job     {"kind": "score" | "search", "chain", "seed", "lr", "epochs", "batch_size", "precision", "split", "task": {...}}
-    result  {"score", "metrics", "trained", "stored", "steps", "seconds"}  or  {"failed": why}
+    result  {"score", "metrics", "trained", "stored", "steps", "seconds", "tried": what it says to the task's samples, where the
+            task has any}  or  {"failed": why}
 """
 
 import contextlib
@@ -62,6 +63,8 @@ def do(job, tell=lambda steps: None):
     metrics = task.evaluate(tuned, job["split"])
     result = {"score": metrics[task.metric], "metrics": metrics, "steps": history["steps"], "seconds": history["seconds"],
               "trained": sum(p.numel() for _, p in tuned.trainable())}
+    if job["kind"] == "score" and (shown := task.samples()):
+        result["tried"] = task.tried(tuned, shown)
     with tempfile.TemporaryDirectory() as folder:
         tuned.save(Path(folder) / "state")
         result["stored"] = sum(f.stat().st_size for f in (Path(folder) / "state").rglob("*") if f.is_file())

@@ -192,10 +192,18 @@ class Task:
     def describe(self):
         return {"kind": self.kind, "source": str(self.source), "model": self.origin.ref if self.origin else None,
                 "metric": self.metric, "higher": self.higher, "columns": self.roles,
-                "sizes": {s: self.size(s) for s in self.tables}} | self.facts() | {"notes": list(self.notes)}
+                "sizes": {s: self.size(s) for s in self.tables}, "each": self.each()} | self.facts() | {"notes": list(self.notes)}
 
     def facts(self):
         return {}
+
+    def each(self):
+        """Where the metric is a mean over parts of the data: {the score of a part, as evaluate() names it: its metric}."""
+        return {}
+
+    def samples(self, n=8):
+        """Rows of the test split that a person can look at, with what is true; see ImageToText."""
+        return []
 
     def spec(self):
         """JSON from which `tasks.restore` makes a task without data, for prediction."""

@@ -6,6 +6,8 @@ used, huge ones are made smaller, a number as a response is written out, a promp
 response its end; each is counted in the notes. A row whose image is missing or broken or whose response is empty is left out and
 counted, and the data is refused when that is more than one row in a hundred."""
 
+import base64
+import io
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,8 @@ from .read import Table
 from .split import order
 
 SCORES = {"accuracy": metrics.exact, "bleu": metrics.bleu, "acc_iou": metrics.acc_iou}
-ROW_KINDS = {"caption": "bleu", "vqa": "accuracy", "nlvr": "accuracy", "ground": "acc_iou", "clip": "accuracy"}
+ROW_KINDS = {"caption": "bleu", "vqa": "accuracy", "nlvr": "accuracy", "ground": "acc_iou", "clip": "accuracy",
+             "direction": "accuracy", "order": "accuracy"}
 KEPT = 2 << 30                 # bytes of what frozen eyes saw
 
 
@@ -332,6 +335,32 @@ class ImageToText(Language):
             scores[self.metric] = of(range(len(examples)), self.metric)
         return scores | {"loss": total / count, "n": len(examples)}
 
+    def each(self):
+        return {k: ROW_KINDS[k] for k in self.kinds} if len(self.kinds) > 1 else {}
+
+    def samples(self, n=8):
+        """[{"kind", "prompt", "answers", "images": PNG files as text}] of up to n test rows, of every kind alike."""
+        table, found = self.tables["test"], []
+        kinds, prompts = (self.column(table, r) if r in self.roles else [None] * len(table) for r in ("task", "prompt"))
+        shown, answers = self.shown(table, self.album), self.answers(table)
+        for i in self._spread(kinds, n):
+            found.append(dict(row=i, kind=kinds[i], prompt=None if prompts[i] is None else str(prompts[i]), answers=answers[i],
+                              images=[png(self.album.items[k][0], self.album.items[k][1]) for k in shown[i]]))
+        return found
+
+    def _spread(self, kinds, n):
+        """The first places of every kind, n in all."""
+        each = [[i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
+        return sorted(i for mine in each for i in mine[:-(-n // len(each))])[:n]
+
+    def tried(self, model, rows, batch_size=8):
+        """[(the model's answer, whether it is right)] to each of samples(); a text is right where it is the true one."""
+        examples = [self.examples("test")[r["row"]] for r in rows]
+        metric = {r["kind"]: SCORES["acc_iou" if ROW_KINDS.get(r["kind"], self.metric) == "acc_iou" else "accuracy"] for r in rows}
+        with self.seeing(model):
+            said = self.said(model, examples, batch_size)
+        return [(text, bool(metric[r["kind"]]([text], [r["answers"]]))) for text, r in zip(said, rows, strict=True)]
+
     def predict(self, model, inputs, batch_size=8):
         """[{"text": answer}] of images, (image, prompt) pairs, or dicts with the roles or columns as keys; a list is one row's
         images."""
@@ -366,6 +395,15 @@ class ImageToText(Language):
 
     def state(self):
         return {"kinds": list(self.kinds), "longest_answer": self.longest_answer}
+
+
+def png(item, base, side=160):
+    """An image as the text of a PNG file, no larger than `side`."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(decode(item, side, base).permute(1, 2, 0).numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _padded(rows, fill, left=False):

@@ -121,6 +121,9 @@ class ClassNames(ImageClassification):
         images.domains = list(self.column(self.tables[split], "domain")) if "domain" in self.roles else None
         return images
 
+    def each(self):
+        return {"base": "accuracy", "new": "accuracy"} if self.old < len(self.labels) else {}
+
     def facts(self):
         return super().facts() | {"template": self.template, "old_classes": self.old}
 

@@ -2,6 +2,7 @@
 NLVR's crowd-written sentences. A scene is drawn when it is looked at."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,17 @@ def clips(i, seed):
     return dict(image=[s.image for s in c.scenes()], prompt=q.question, response=q.answer)
 
 
+def told(i, seed):
+    c = scenes.clip(i, seed, SIDE, FRAMES)
+    return dict(image=[s.image for s in c.scenes()], prompt="Describe the clip.", response=c.caption())
+
+
+def asked(kind, i, seed):
+    c = scenes.clip(i, seed, SIDE, FRAMES)
+    q = [q for q in c.questions() if q.kind == kind][i % 2]
+    return dict(image=[s.image for s in c.scenes()], prompt=q.question, response=q.answer)
+
+
 def built(*makers, share=1.0):
     """Data of one kind of row, or of several with a column that says which."""
     def make(seed):
@@ -100,5 +112,7 @@ def crowd(seed):
 
 
 KINDS = (("caption", caption), ("vqa", vqa), ("nlvr", nlvr), ("ground", ground))
+MOVING = (("caption", told), *((kind, partial(asked, kind)) for kind in ("direction", "order")))
 BUILT_IN = {f"scenes:{kind}": built((kind, fn)) for kind, fn in KINDS} | {
-    "scenes:clips": built(("clip", clips)), "scenes:multitask": built(*KINDS, share=0.5), "nlvr": crowd}
+    "scenes:clips": built(("clip", clips)), "scenes:multitask": built(*KINDS, share=0.5), "nlvr": crowd,
+    "scenes:clips-multitask": built(*MOVING, share=0.5)}
