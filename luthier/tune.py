@@ -172,7 +172,7 @@ that is needed to read its output are in `head.json`.
 """ if headed else ""
     return f"""# {task.model}, tuned by Luthier
 
-`{chain!r}` for {task.kind}, merged into the weights: a plain model, nothing of Luthier is needed to load it.
+`{chain!r}` for {task.kind}, merged into the weights: a plain model, {"which Luthier loads" if how.startswith("luthier") else "nothing of Luthier is needed to load it"}.
 
     {how}
 {head}

@@ -55,7 +55,7 @@ def _described(part, origin, folder, name):
                          "file can say how to build it again. Keep its tensors with safetensors yourself.")
     config.architectures = [type(part).__name__]
     config.save_pretrained(folder)
-    if origin.folder:
+    if name == "language" and origin.folder:
         origin.tokenizer().save_pretrained(folder)
     return f"./{name}"
 

@@ -65,8 +65,9 @@ def plot(document, found=None, said=None):
 def _panel(panel, axis, found, said):
     key, title, unit, log = axis
     panel.set_xlabel(title)
-    if log:
-        panel.set_xscale("log")
+    if log:                                                # untuned, nothing trains: a place left of the first power
+        least = min((r[key] for r in found if r[key]), default=1)
+        panel.set_xscale("symlog", linthresh=least / 2, linscale=0.3) if any(not r[key] for r in found) else panel.set_xscale("log")
     panel.grid(True, color="#e6e9ee", linewidth=0.8)
     panel.set_axisbelow(True)
     for side in ("top", "right"):
@@ -120,7 +121,7 @@ STYLE = """
 :root { --ink: #1f2430; --soft: #5d6675; --line: #e3e7ec; --pick: #c8553d; --front: #2f6f8f; --wash: #f6f7f9 }
 * { box-sizing: border-box }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px }
+main { max-width: 1280px; margin: 0 auto; padding: 40px 24px 64px }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px } h2 { font-size: 18px; margin: 40px 0 10px }
 p { margin: 0 0 10px; max-width: 76ch } .soft { color: var(--soft) }
 .answer { background: var(--wash); border-left: 4px solid var(--pick); padding: 16px 20px; margin: 24px 0 }
@@ -137,12 +138,13 @@ img { width: 100%; height: auto; display: block; margin: 8px 0 }
 pre { background: var(--wash); padding: 12px 16px; border-radius: 6px; overflow-x: auto; margin: 0 0 10px }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; font-size: 14.5px }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(460px, 1fr)); gap: 14px }
-.card { display: grid; grid-template-columns: max-content 1fr; gap: 14px; border: 1px solid var(--line); border-radius: 6px; padding: 12px }
-.card dl { gap: 2px 12px; font-size: 13.5px } .card p { margin: 0 0 6px; font-size: 14.5px } .images { display: grid; gap: 4px }
-.images img { width: 88px; height: auto; margin: 0; image-rendering: pixelated; border-radius: 3px }
-.images img:nth-child(n+2) { width: 88px } .right { color: #23774a; font-weight: 600 } summary { color: var(--soft); font-size: 13px;
-cursor: pointer; margin-top: 6px } details dl { margin-top: 4px }
+.cards { align-items: start; display: grid; grid-template-columns: repeat(auto-fill, minmax(460px, 1fr)); gap: 14px }
+.card { display: grid; grid-template-columns: max-content 1fr; gap: 10px 14px; border: 1px solid var(--line); border-radius: 6px;
+padding: 12px } .card.several { grid-template-columns: 1fr } .images { display: flex; flex-wrap: wrap; gap: 4px }
+.images img { width: 88px; margin: 0; image-rendering: pixelated; border-radius: 3px } .several .images img { width: 68px }
+.card dl { gap: 2px 12px; font-size: 13.5px } .card p { margin: 0 0 6px; font-size: 14.5px } .right { color: #23774a; font-weight: 600 }
+summary { color: var(--soft); font-size: 13px; cursor: pointer; margin-top: 6px } details dl { margin-top: 4px }
+th small { display: block; font-weight: 400 }
 """
 
 
@@ -164,7 +166,7 @@ def page(document, found, said, picture):
     listed = "".join(f"<dt>{e(k)}</dt><dd>{e(str(v))}</dd>" for k, v in facts.items())
     each = parts(document)
     heads = "".join(f"<th>{e(t)}</th>" for t in ["method", f"{task['metric']} (n={n})", *each.values(),
-                                                 *(title for _, title, _ in COLUMNS)])
+                                                 *(title for _, title, _ in COLUMNS)]).replace(" (", "<small>(").replace(")</th>", ")</small></th>")
     again = f"<h2>Run it again</h2><pre>{e(document['command'])}</pre>" if document["command"] else ""
     raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "half", "each", "lr", *COSTS)} for r in found]
     return f"""<!doctype html>
@@ -211,7 +213,7 @@ def looks(document, found, said):
         images = "".join(f'<img alt="" src="data:image/png;base64,{x}">' for x in row["images"])
         others = "".join(f"<dt>{e(brief(r['chain']))}</dt><dd>{_said(tried[r['chain']][i])}</dd>" for r in found if r["chain"] in tried)
         asked = " ".join(filter(None, (f"<b>{e(row['kind'])}</b>" if row["kind"] else "", e(row["prompt"] or ""))))
-        cards.append(f'<div class="card"><div class="images">{images}</div><div><p>{asked}</p><dl><dt>right</dt><dd>'
+        cards.append(f'<div class="card{" several" * (len(row["images"]) > 1)}"><div class="images">{images}</div><div><p>{asked}</p><dl><dt>right</dt><dd>'
                      f'{e(" / ".join(row["answers"][:3]))}</dd><dt>untuned</dt><dd>{_said(entry["result"]["tried"][i])}</dd><dt>'
                      f'{e(brief(pick))}</dt><dd>{_said(tried[pick][i])}</dd></dl><details><summary>every way</summary><dl>{others}'
                      '</dl></details></div></div>')

@@ -72,7 +72,7 @@ def asked(kind, i, seed):
     return dict(image=[s.image for s in c.scenes()], prompt=q.question, response=q.answer)
 
 
-def built(*makers, share=1.0):
+def built(*makers, name, share=1.0):
     """Data of one kind of row, or of several with a column that says which."""
     def make(seed):
         splits, start = {}, 0
@@ -83,7 +83,7 @@ def built(*makers, share=1.0):
             splits[split] = Table({n: [r[n] for r in rows] for n in names}, "scenes", None, f"{split} row")
             start += size
         roles = {r: r for r in splits["train"].columns}
-        return Data("scenes", splits, columns=roles, task="image-to-text")
+        return Data(name, splits, columns=roles, task="image-to-text")
     return make
 
 
@@ -113,6 +113,6 @@ def crowd(seed):
 
 KINDS = (("caption", caption), ("vqa", vqa), ("nlvr", nlvr), ("ground", ground))
 MOVING = (("caption", told), *((kind, partial(asked, kind)) for kind in ("direction", "order")))
-BUILT_IN = {f"scenes:{kind}": built((kind, fn)) for kind, fn in KINDS} | {
-    "scenes:clips": built(("clip", clips)), "scenes:multitask": built(*KINDS, share=0.5), "nlvr": crowd,
-    "scenes:clips-multitask": built(*MOVING, share=0.5)}
+SETS = {"scenes:clips": ([("clip", clips)], 1.0), "scenes:multitask": (KINDS, 0.5), "scenes:clips-multitask": (MOVING, 0.5)} | {
+    f"scenes:{kind}": ([(kind, fn)], 1.0) for kind, fn in KINDS}
+BUILT_IN = {name: built(*makers, name=name, share=share) for name, (makers, share) in SETS.items()} | {"nlvr": crowd}
