@@ -358,3 +358,13 @@ def test_text(tmp_path):
                                                              for i in range(40)))
     d = compare(tmp_path / "t.csv", bert(tmp_path / "bert"), "probe, houlsby(width=4), prompt(n=2)", 1, tmp_path / "out", **QUICK)
     assert not rows(d)[1]["merged"] and all(r["step"] for r in rows(d))
+
+
+def test_plots_name_what_differs():
+    chains = ["vl_adapter(reduce=4)", "vl_adapter(reduce=4, share='none')", "lora(at='encoder.attn.q decoder.attn.q', rank=4)",
+              "full() >> lora(at='encoder.attn.v decoder.attn.v', rank=4)", "none", "probe()"]
+    assert list(report.named(chains).values()) == ["vl_adapter", "vl_adapter(share='none')", "lora(at=…)", "full >> lora(at=…)",
+                                                   "none", "probe"]
+    assert report.named(["mine()", "probe()"]) == {"mine()": "mine", "probe()": "probe"}
+    free = document(WAYS | {"none": ([.5, .5, .5], 0, 10, 1e6, .1, 1.0, True)})
+    assert report.plot(free).startswith(b"\x89PNG")

@@ -5,8 +5,12 @@ import html
 import io
 import json
 import os
+from dataclasses import fields
+from math import floor, log10
 from pathlib import Path
 
+from ..errors import LuthierError
+from ..method import parse
 from .rows import COSTS, answer, brief, rows, short
 from .table import COLUMNS, cells, figure, ordered, parts, score
 
@@ -52,7 +56,7 @@ def plot(document, found=None, said=None):
             panel.label_outer()
         figure.canvas.draw()
         for panel in panels:
-            _labels(figure, panel, said)
+            _labels(figure, panel, said, named(r["chain"] for r in found))
         setting = document["setting"]
         figure.suptitle(f"{short(setting['model'])} on {short(setting['data'])}: what each way of tuning buys", x=0.01, ha="left",
                         fontsize=13,
@@ -63,31 +67,62 @@ def plot(document, found=None, said=None):
 
 
 def _panel(panel, axis, found, said):
+    from matplotlib.ticker import LogFormatterSciNotation
+
     key, title, unit, log = axis
     panel.set_xlabel(title)
-    if log:                                                # untuned, nothing trains: a place left of the first power
-        least = min((r[key] for r in found if r[key]), default=1)
-        panel.set_xscale("symlog", linthresh=least / 2, linscale=0.3) if any(not r[key] for r in found) else panel.set_xscale("log")
+    at = {r["chain"]: r[key] * unit for r in found}
+    if log:
+        panel.set_xscale("log")
+        if not all(at.values()):                           # where nothing trains: left of all others, as 0
+            zero = 10.0 ** (floor(log10(min((x for x in at.values() if x), default=1))) - 1)
+            at, plain = {c: x or zero for c, x in at.items()}, LogFormatterSciNotation()
+            panel.xaxis.set_major_formatter(lambda x, k: "" if x < zero / 2 else "0" if x < 2 * zero else plain(x, k))
     panel.grid(True, color="#e6e9ee", linewidth=0.8)
     panel.set_axisbelow(True)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     front = sorted((r for r in found if key in r["front"]), key=lambda r: r[key])
-    panel.plot([r[key] * unit for r in front], [r["mean"] for r in front], color=FRONT, linewidth=1.6, alpha=0.8, zorder=2)
+    panel.plot([at[r["chain"]] for r in front], [r["mean"] for r in front], color=FRONT, linewidth=1.6, alpha=0.8, zorder=2)
     scores = [r["mean"] for r in found]
     low, high = min(scores), max(scores)
     room = max(high - low, 1e-3)
     for r in found:
         colour = PICK if r["chain"] == said["pick"] else FRONT if key in r["front"] else GREY
         if r["half"] is not None:
-            panel.errorbar(r[key] * unit, r["mean"], r["half"], color=colour, alpha=0.35, linewidth=1.2, capsize=0, zorder=1)
-        panel.scatter(r[key] * unit, r["mean"], s=52, color=colour, edgecolor="white", linewidth=0.9, zorder=3)
+            panel.errorbar(at[r["chain"]], r["mean"], r["half"], color=colour, alpha=0.35, linewidth=1.2, capsize=0, zorder=1)
+        panel.scatter(at[r["chain"]], r["mean"], s=52, color=colour, edgecolor="white", linewidth=0.9, zorder=3)
     panel.set_ylim(low - 0.25 * room, high + 0.25 * room)
     panel.margins(x=0.28)
-    panel.points = [(r["chain"], r[key] * unit, r["mean"], key in r["front"]) for r in found]
+    panel.points = [(r["chain"], at[r["chain"]], r["mean"], key in r["front"]) for r in found]
 
 
-def _labels(figure, panel, said):
+def named(chains):
+    """{chain: a name for a plot}: without the hyperparameters that all chains with the same method share, long words as dots."""
+    chains, found = list(chains), {}
+    try:
+        parsed = {c: list(parse(c)) for c in chains}
+    except LuthierError:                                   # a method of one's own that is not imported here
+        return {c: brief(c) for c in chains}
+    alike = {}
+    for m in (m for methods in parsed.values() for m in methods):
+        mine = _said_of(m)
+        alike[type(m)] = mine if type(m) not in alike else {k: v for k, v in alike[type(m)].items() if mine.get(k) == v}
+    for c, methods in parsed.items():
+        parts = []
+        for m in methods:
+            more = [f"{k}={v if len(v) < 14 else '…'}" for k, v in _said_of(m).items()
+                    if k not in alike[type(m)] or sum(type(x) is type(m) for p in parsed.values() for x in p) == 1]
+            parts.append(type(m).__name__ + (f"({', '.join(more)})" if more else ""))
+        found[c] = " >> ".join(parts) or brief(c)
+    return {c: name if list(found.values()).count(name) == 1 else brief(c) for c, name in found.items()}
+
+
+def _said_of(m):
+    return {f.name: repr(v) for f in fields(m) if (v := getattr(m, f.name)) != f.default}
+
+
+def _labels(figure, panel, said, names):
     """Names beside the points, moved apart in height until none covers another; a thin line leads to those that moved."""
     from matplotlib.patheffects import withStroke
 
@@ -96,7 +131,7 @@ def _labels(figure, panel, said):
     placed = []
     for chain, x, y, front in sorted(points, key=lambda p: -p[2]):
         px, py = panel.transData.transform((x, y))
-        text = brief(chain)
+        text = names[chain]
         text = text if len(text) <= 30 else text[:29] + "…"
         width = (len(text) * 5.6 + 6) * figure.dpi / 100
         right = px + 10 + width < box.x1 + 4 or px - box.x0 < width
