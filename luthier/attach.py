@@ -17,6 +17,7 @@ from .method import Chain, call, parse
 from .remat import lean
 from .site import find, sites
 from .state import Noted, State, follow
+from .thaw import Thawed, frozen
 
 NEEDS = {"weight": "weight", "stream": "stream", "attend": "attend"}
 PATIENCE = 64                            # training forwards that a schedule may go unstepped
@@ -141,7 +142,7 @@ def attach(model, chain, data=(), *, seed=0, name=None, loss=None, state=None):
     `loss(model, batch)` where they need gradients and the model returns none. Nothing changes if anything is refused."""
     todo = plan(model, chain)
     host = Host.of(todo.model, make=True)
-    host.towers = todo.stacks
+    host.towers, host.frozen = todo.stacks, frozen(todo.model, todo.stacks)
     names = {o.name for o in host.owners}
     if name in names:
         raise BadOrder(f"An attachment named {name!r} is on this model already. Choose another name, or detach() it first.")
@@ -325,8 +326,14 @@ class Tuned(nn.Module):
             self._check_stepped()
         transformed = torch._C._functorch.peek_interpreter_stack() is not None      # torch.func takes no hooks
         keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed
-        with nullcontext() if keep_all else lean():
+        thawed = self._host.frozen and torch.is_grad_enabled() and not transformed
+        if thawed and torch.compiler.is_compiling():
+            raise DoesNotFit(f"{type(self.base).__name__} runs a tower of its own without gradients, and compiled there is no way "
+                             "around that. Train it uncompiled; compile it afterwards.")
+        with nullcontext() if keep_all else lean(), Thawed(self._host.frozen) if thawed else nullcontext():
             out = self.model(*args, **kwargs)
+        if self.training and self.active and torch.is_grad_enabled() and self.forwards == 1 and not keep_all:
+            self._check_learns(out)
         if self.training and self.active and torch.is_grad_enabled() and any(m.has("loss") for m in self.chain):
             self._last.update(args=args, kwargs=kwargs, out=out)
         if self.training and getattr(out, "loss", None) is not None and any(m.has("loss") for m in self.chain):
@@ -436,6 +443,13 @@ class Tuned(nn.Module):
             raise ScheduleNotStepped(f"{', '.join(late)} has a schedule, and after {self.forwards} training forwards nobody has "
                                      "advanced it. Call tuned.step(optimizer) after every optimizer.step().")
 
+    def _check_learns(self, out):
+        found = list(_tensors(out))
+        if found and self.trainable() and not any(y.requires_grad for y in found):
+            raise DoesNotFit(f"{self.chain!r} would learn nothing: {type(self.base).__name__} ran in training mode, and none of its "
+                             "outputs depends on what trains. Either the model turns gradients off where no one can reach it, "
+                             "or the chain's sites are not used: choose others (`luthier sites`).")
+
     # -- merging, undoing, storing ----------------------------------------------------------------------------------
     @torch.no_grad()
     @_as_inferring
@@ -536,6 +550,15 @@ class Tuned(nn.Module):
 
     def extra_repr(self):
         return f"{self.chain!r}, name={self.name!r}"
+
+
+def _tensors(out):
+    """The numbers in what a model returned."""
+    if torch.is_tensor(out):
+        yield from [out] if out.is_floating_point() else []
+    elif isinstance(out, dict | list | tuple):
+        for v in out.values() if isinstance(out, dict) else out:
+            yield from _tensors(v)
 
 
 def mergeable(chain):

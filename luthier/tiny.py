@@ -75,6 +75,15 @@ def _bridged(t):                         # a vision model, a connector and a dec
     return bridge(_vit(t).vit, _llama(t), "limber(dropout=0.0)")
 
 
+def _clipseg(t):                         # two towers that the model runs without gradients, and a decoder of masks on their states
+    both = dict(**WIDTH | dict(num_hidden_layers=3), projection_dim=32)
+    model = t.CLIPSegForImageSegmentation(t.CLIPSegConfig(
+        text_config=dict(**both, **TEXT, max_position_embeddings=64), vision_config=dict(**both, **PIXELS), projection_dim=32,
+        reduce_dim=16, extract_layers=[0, 1, 2], decoder_num_attention_heads=4, decoder_intermediate_size=24))
+    del model.clip.logit_scale             # no mask depends on it
+    return model
+
+
 def _clips(t):                           # a model of images that takes clips
     from .clips import framed
 
@@ -83,6 +92,7 @@ def _clips(t):                           # a model of images that takes clips
 
 MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, named=_named, resnet=_resnet,
               bridged=_bridged, clips=_clips)
+MORE = dict(clipseg=_clipseg)              # for what is made for them
 
 
 @functools.cache
@@ -92,7 +102,7 @@ def _made(name, dtype):
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MODELS[name](transformers).eval()
+        model = (MODELS | MORE)[name](transformers).eval()
         for p in model.parameters():       # larger than a usual start, so that every change of a weight shows in the output
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.15 if p.dim() == 2 else 0.3)
@@ -118,7 +128,7 @@ def batch(name, dtype=torch.float32, seed=1):
         return dict(pixel_values=pixels)
     if name == "clips":                    # of two frames
         return dict(pixel_values=torch.stack([pixels, pixels.flip(0) + 0.5], 1))
-    if name == "clip":
+    if name in ("clip", "clipseg"):
         return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
     more = dict(decoder_input_ids=torch.randint(4, 64, (3, 6), generator=g)) if name == "t5" else \
         dict(pixel_values=pixels) if name == "bridged" else {}
@@ -131,6 +141,8 @@ def output(model, batch):
     if "text_embeds" in out:
         return torch.cat([out.text_embeds, out.image_embeds, out.logits_per_text], 1)
     h = out.logits
+    if "pooled_output" in out:             # masks; and what else the model gives of the image
+        return torch.cat([h.flatten(1), out.pooled_output], 1)
     if h.dim() == 3 and "decoder_input_ids" not in batch:
         h = h * batch["attention_mask"][..., None].to(h.dtype)
     return h.flatten(1)
