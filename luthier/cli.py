@@ -487,8 +487,8 @@ def check(a):
     for name in names:
         lookup(name)
     for m in a.model or ():
-        if m not in tiny.MODELS:
-            raise LuthierError(f"There is no tiny model {m!r}. {nearest(m, tiny.MODELS)} There are: {', '.join(tiny.MODELS)}.")
+        if m not in (known := tiny.MODELS | tiny.MORE):
+            raise LuthierError(f"There is no tiny model {m!r}. {nearest(m, known)} There are: {', '.join(known)}.")
     if not names:
         from .method import discover
 

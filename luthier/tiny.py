@@ -92,7 +92,7 @@ def _clips(t):                           # a model of images that takes clips
 
 MODELS = dict(bert=_bert, gpt2=_gpt2, llama=_llama, t5=_t5, vit=_vit, dinov2=_dinov2, clip=_clip, named=_named, resnet=_resnet,
               bridged=_bridged, clips=_clips)
-MORE = dict(clipseg=_clipseg)              # for what is made for them
+MORE = dict(clipseg=_clipseg)              # for methods that none of these have a place for
 
 
 @functools.cache
