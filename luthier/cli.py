@@ -261,6 +261,7 @@ def bridge(a):
                                            "the tuned state that its column `adapter` names"),
          arg("--adapter", metavar="NAME", help="with --rack: of rows that name none"),
          arg("--memory", default="2GB", metavar="SIZE", help="with --rack: what states in use may take (default 2GB)"),
+         arg("--out", default=".", metavar="FOLDER", help="of masks: where they are written as PNG (default: here)"),
          IMPORT, JSON)
 def predict(a):
     """predict with a tuned model, or with many over one base
@@ -282,6 +283,7 @@ def predict(a):
         task, tuned = reopen(a.folder)
         given = inputs(task, a.input)
         found = task.predict(tuned, given)
+        found = task.write(given, found, a.out) if hasattr(task, "write") else found
     _predictions(given, found, a.json)
     if errors:
         from .errors import RowsFailed

@@ -75,7 +75,7 @@ def _base(folder):
 def inputs(task, sources):
     """What a user gives to predict: texts, image files, folders of images, files of rows (.txt: one a line), - for stdin. Where a
     task takes images and a text, every text is asked of every image."""
-    if task.kind != "image-to-text":
+    if not (asks := getattr(task, "asks", None)):
         return [x for source in sources for x in _inputs(task, source)]
     from .tasks.read import SUFFIXES, suffix
     from .tasks.source import IMAGES
@@ -96,7 +96,7 @@ def inputs(task, sources):
     if not shown:
         raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the question: luthier predict DIR "
                          "image.png \"how many?\"")
-    return [x if isinstance(x, dict) else {"image": x} | ({"prompt": q} if q else {}) for x in shown for q in asked or [""]]
+    return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {}) for x in shown for q in asked or [""]]
 
 
 def _inputs(task, source):
@@ -104,7 +104,7 @@ def _inputs(task, source):
 
     from .tasks.source import IMAGES
 
-    image = task.kind == "image-classification" or task.kind == "image-to-text" and str(source).lower().endswith(IMAGES)
+    image = task.kind == "image-classification" or hasattr(task, "asks") and str(source).lower().endswith(IMAGES)
     if source == "-":
         return [line for line in sys.stdin.read().splitlines() if line.strip()]
     path = Path(source)
@@ -112,7 +112,7 @@ def _inputs(task, source):
         folder, file = path.is_dir(), path.is_file()
     except OSError:                                        # a text too long to be a name
         folder = file = False
-    if folder and task.kind.startswith("image"):
+    if folder and (task.kind.startswith("image") or hasattr(task, "asks")):
         found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES)
         if not found:
             raise DoesNotFit(f"The folder {path} holds no image ({' '.join(IMAGES)}).")

@@ -4,7 +4,7 @@ import numpy as np
 
 from .. import scenes
 from ..errors import BadData, nearest
-from . import pictures_named
+from . import pictures_masks, pictures_named
 from .read import Data, Table
 
 
@@ -83,4 +83,4 @@ BUILT_IN = {
     "scenes": drawn(lambda s: int(s.labels()[0]), scenes.SHAPES),                         # which shape
     "scenes-novel": drawn(lambda s: int(s.labels()[0]), scenes.SHAPES, test="novel"),     # ... in colours never seen with it
     "scenes-count": drawn(lambda s: len(s.shapes) - 1, range(1, 7), most=6),              # how many shapes
-} | pictures_named.SETS
+} | pictures_named.SETS | pictures_masks.SETS

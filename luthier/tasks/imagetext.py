@@ -64,6 +64,7 @@ class ImageToText(Language):
     metrics = (*SCORES, "average")
     higher = True
     longest = 128
+    asks = "prompt"                                  # the role of what is asked of an image
 
     def __init__(self, model=None, *, metric=None, **more):
         super().__init__(model, metric=metric, **more)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..errors import BadData, nearest
 
 KINDS = {            # task kind -> (roles it needs, roles it may have)
+    "text-segmentation": (("mask", "image", "phrase"), ()),
     "image-classification": (("image", "label"), ()),
     "image-to-text": (("image", "response"), ("prompt", "task")),
     "class-names": (("image",), ("label", "attribute", "object", "domain")),
@@ -20,6 +21,8 @@ KINDS = {            # task kind -> (roles it needs, roles it may have)
 }
 NAMES = {            # role -> column names that mean it, likeliest first
     "image": "image images img image_path image_paths frames file_name filename file path",
+    "mask": "mask masks mask_path mask_name segmentation",
+    "phrase": "phrase prompt expression text sentence caption label class query question",
     "task": "task kind",
     "tokens": "tokens words",
     "tags": "tags ner_tags pos_tags upos labels label",
@@ -124,7 +127,7 @@ def parts(name):
 def _candidates(given):
     """(kind, whether its label or target must be known by name), in the order in which they are tried; roles that were given
     leave only the kinds that use them."""
-    order = (("token-classification", False), ("image-to-text", True), ("image-classification", False), ("instruction", False),
+    order = (("token-classification", False), ("text-segmentation", True), ("image-to-text", True), ("image-classification", False), ("instruction", False),
              ("text-classification", True), ("regression", True), ("text-classification", False), ("regression", False),
              ("causal-lm", False))
     return [k for k in order if set(given) <= set(sum(KINDS[k[0]], ()))] or order
@@ -150,7 +153,7 @@ def _fill(kind, columns, given, forced, by_name):
 def _pick(role, columns, forced, by_name, said=False):
     """The column that plays a role: by its name, or else by its content where that can tell."""
     fits = {
-        "image": is_image, "tokens": is_list, "tags": is_list,
+        "image": is_image, "mask": is_image, "phrase": is_text, "tokens": is_list, "tags": is_list,
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
         "text": is_text, "text_pair": is_text, "prompt": is_text, "task": is_class,
