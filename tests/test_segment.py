@@ -1,15 +1,20 @@
 """Segmentation by text: the task, towers that a model runs without gradients, and VLSM-Adapter."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import linear, relu
 
-from luthier import attach, check, tiny
-from luthier.errors import DoesNotFit
+from luthier import attach, check, tasks, tiny
+from luthier.errors import BadData, DoesNotFit
 from luthier.thaw import frozen
+from luthier.train import train
+from luthier.tune import reopen
 
 DENSE, SHALLOW = "vlsm_dense(width=6, cond=4)", "vlsm_shallow(width=6, cond=4)"
 
@@ -192,3 +197,145 @@ def test_recorded_states_are_those_after_a_change(seg):
     other = attach(fresh, "houlsby(at='vision.block.1.out', width=4)").eval()
     other.trainable()[2][1].data.add_(0.5)
     assert torch.equal(other(**batch).logits, late) and not torch.equal(late, before)
+
+
+# -- the task -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny CLIPSeg on disk, its tokenizer and sizes beside it."""
+    path, model = tmp_path_factory.mktemp("clipseg"), tiny.build("clipseg")
+    model.clip.logit_scale = nn.Parameter(torch.tensor(2.6))
+    model.save_pretrained(path)
+    tiny.build("named").tokenizer.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    return str(path)
+
+
+def picture(path, mode="RGB", size=(20, 12), colour=None):
+    Image.new(mode, size, colour if colour is not None else 255 if mode in ("L", "1") else (200, 10, 10)).save(path)
+    return path.name
+
+
+def written(where, n=12, name="rows.jsonl", **odd):
+    """A JSONL file of n rows beside its images; odd: {row: changes}, files that a change names are made by the caller."""
+    rows = []
+    for i in range(n):
+        mask = Image.new("L", (20, 12), 0)
+        mask.paste(255, (i, 2, i + 6, 8))
+        mask.save(where / f"m{i}.png")
+        image = Image.new("RGB", (20, 12), (20, 20, 30))
+        image.paste((200, 10, 10), mask=mask)
+        image.save(where / f"i{i}.png")
+        rows.append(dict(image=f"i{i}.png", phrase="a red circle", mask=f"m{i}.png") | odd.get(f"row{i}", {}))
+    (where / name).write_text("\n".join(map(json.dumps, rows)))
+    return str(where / name)
+
+
+def test_loss_and_scores_by_hand(folder):
+    task = tasks.open("scenes:segment", model=folder, limit=4)
+    M = torch.tensor([[[1.0, 1], [0, 0]], [[0, 0], [0, 0]]])
+    y = torch.tensor([[[2.0, -1], [1, -3]], [[-2, -1], [-4, -3]]])
+    p, e = torch.sigmoid(y).flatten(1), 1e-5
+    dice = [(2 * float(p[0, :2].sum()) + e) / (float(p[0].sum()) + 2 + e), e / (float(p[1].sum()) + e)]
+    bce = -sum(float(torch.log(q if m else 1 - q)) for q, m in zip(p.flatten(), M.flatten(), strict=True)) / 8
+    assert float(task.loss_of(y, M)) == pytest.approx(1.5 * (1 - sum(dice) / 2) + bce, rel=1e-5)
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Parameter(torch.ones(()))
+
+        def forward(self, **batch):
+            return dict(logits=y)
+    task.collate = lambda part: {"labels": torch.stack([e["mask"] for e in part])}
+    scores = task.score(Fixed(), [{"mask": m} for m in M], 2)
+    assert scores["dice"] == pytest.approx((2 * 1 / 4 + 1) / 2) and scores["iou"] == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_scenes_say_what_is_masked():
+    from luthier import scenes
+    from luthier.tasks.pictures_masks import row
+    empty = 0
+    for i in range(60):
+        image, phrase, mask = row(i, 0)
+        image, mask = image(), mask()
+        s, words = scenes.scene(i, 0, 64, 1, 4), phrase.split()[1:]
+        fits = [all(w in (x.colour, x.shape, "shape") for w in words) for x in s.shapes]
+        true = sum((m for m, f in zip(s.masks(), fits, strict=True) if f), np.zeros((64, 64), bool))
+        assert image.shape == (64, 64, 3) and np.array_equal(mask > 0, true)
+        assert bool(mask.any()) == bool(i % 5), (i, phrase)
+        empty += not mask.any()
+    assert empty == 12
+
+
+def test_learning_from_ones_own_rows(folder, tmp_path):
+    source = written(tmp_path, 20)
+    task = tasks.open(source, model=folder)
+    assert task.kind == "text-segmentation" and task.roles == dict(mask="mask", image="image", phrase="phrase")
+    batch = next(task.batches("train", 4))
+    assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["labels"].shape == (4, 16, 16)
+    assert 0 < batch["labels"].mean() < 1 and batch["input_ids"][0, -1] == 3
+    tuned = attach(task.build(), DENSE)
+    first = task.loss(tuned, batch).item()
+    train(tuned, task, steps=40, lr=2e-2, batch_size=4, progress=False, log=False)
+    assert task.loss(tuned, batch).item() < first - 0.2
+    assert set(task.evaluate(tuned, "test")) == {"dice", "iou", "loss", "n"}
+
+
+def test_tune_predict_and_masks_on_disk(folder, tmp_path, capsys):
+    from luthier.cli import main
+    source, out = written(tmp_path), tmp_path / "tuned"
+    main(["tune", source, "--model", folder, "--with", DENSE, "--out", str(out), "--epochs", "1"])
+    capsys.readouterr()
+    main(["predict", str(out), str(tmp_path / "i0.png"), str(tmp_path / "i1.png"), "a red circle", "--out", str(tmp_path / "masks")])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "i0-a-red-circle.png" in said[0]
+    for k in range(2):
+        mask = Image.open(tmp_path / "masks" / f"i{k}-a-red-circle.png")
+        assert mask.size == (20, 12) and mask.mode == "L" and set(np.unique(mask)) <= {0, 255}
+    task, tuned = reopen(out)
+    y = task.predict(tuned, [(str(tmp_path / "i0.png"), "a red circle")])[0]
+    assert np.array_equal(y["mask"], np.asarray(Image.open(tmp_path / "masks" / "i0-a-red-circle.png")) > 0)
+    for bad, why in ((str(tmp_path / "i0.png"), "names no image"), ((str(tmp_path / "i0.png"), ""), "names no phrase"),
+                     (("no.png", "x"), "not an image")):
+        with pytest.raises(BadData, match=why):
+            task.predict(tuned, [bad])
+
+
+def test_odd_images_are_treated_and_told(folder, tmp_path):
+    frames = [Image.new("RGB", (20, 12), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    Image.new("L", (20, 12), 1).save(tmp_path / "ones.png")              # a mask of ones, not of 255
+    odd = dict(row0=dict(image=picture(tmp_path / "grey.png", "L")), row1=dict(image="moves.gif"), row2=dict(mask="ones.png"),
+               row3=dict(image=picture(tmp_path / "cmyk.jpg", "CMYK", colour=(1, 2, 3, 4))), row4=dict(phrase="a red " * 90))
+    task = tasks.open(written(tmp_path, 12, **odd), model=folder)
+    said = " ".join(task.notes)
+    assert "grey: made RGB" in said and "CMYK: made RGB" in said and "first frame is used" in said
+    rows = [r for split in task.tables for r in (task.examples(split)[i] for i in range(task.size(split)))]
+    assert sum(bool(r["mask"].all()) for r in rows) == 1                 # the ones
+    assert max(len(r["ids"]) for r in rows) == 64 and "longer than 64 tokens" in " ".join(task.notes)
+
+
+@pytest.mark.parametrize(("change", "why"), (
+    (dict(image="none.png"), "No such file"), (dict(mask="none.png"), "No such file"), (dict(mask=""), "no mask is named"),
+    (dict(phrase=" "), "phrase .* is empty"), (dict(mask="small.png"), "mask is 5 x 5 and the image 20 x 12"),
+    (dict(image="cut.png"), "truncated|cannot")))
+def test_one_bad_row_is_counted_and_many_are_refused(folder, tmp_path, change, why):
+    picture(tmp_path / "small.png", "L", (5, 5))
+    Image.effect_noise((20, 12), 90).convert("RGB").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    written(tmp_path, 4, "rows_val.jsonl"), written(tmp_path, 4, "rows_test.jsonl")
+    task = tasks.open(written(tmp_path, 130, "rows_train.jsonl", row7=change), model=folder)
+    assert task.size("train") == 129 and "1 rows that cannot be used are left out" in " ".join(task.notes)
+    with pytest.raises(BadData, match=why):
+        tasks.open(written(tmp_path, 20, "other.jsonl", **{f"row{i}": change for i in range(10)}), model=folder)
+
+
+def test_models_and_sizes_that_do_not_fit(folder):
+    with pytest.raises(DoesNotFit, match="draws no masks"):
+        tasks.open("scenes:segment", model="tiny-clip", limit=4).build()
+    with pytest.raises(DoesNotFit, match="no multiple of the 4 pixels.*Use 28"):
+        tasks.open("scenes:segment", model=folder, limit=4, image_size=30).build()
+    task = tasks.open("scenes:segment", model=folder, limit=4, image_size=24)     # positions are interpolated
+    assert task.build()(**{k: v for k, v in next(task.batches("val", 2)).items() if k != "labels"}).logits.shape == (2, 24, 24)

@@ -13,6 +13,7 @@ SIDE, SIZES, ABSENT = 64, {"train": 1600, "val": 200, "test": 400}, 5
 
 
 def row(index, seed, style="plain", split="all"):
+    """(image, phrase, mask), the two pictures drawn when they are looked at."""
     s, draw = scenes.scene(index, seed, SIDE, 1, 4, split), scenes.Draw("segment", seed, index)
     said = draw.one(s.shapes)
     words = said.colour, said.shape
@@ -21,10 +22,13 @@ def row(index, seed, style="plain", split="all"):
             words = draw.pair(split)[::-1]
     elif not draw.below(3):                          # by less than both: the mask of all that fit
         words = draw.one(((words[0], None), (None, words[1])))
-    fits = [words[0] in (None, x.colour) and words[1] in (None, x.shape) for x in s.shapes]
-    mask = (s.masks() & np.array(fits)[:, None, None]).any(0)
     name = " ".join([words[0] or "", words[1] or "shape"]).strip()
-    return s.image(style), f"{'an' if name[0] in 'aeiou' else 'a'} {name}", mask.astype(np.uint8) * 255
+    return partial(s.image, style), f"{'an' if name[0] in 'aeiou' else 'a'} {name}", partial(masked, s, *words)
+
+
+def masked(s, colour, shape):
+    fits = [colour in (None, x.colour) and shape in (None, x.shape) for x in s.shapes]
+    return (s.masks() & np.array(fits)[:, None, None]).any(0).astype(np.uint8) * 255
 
 
 def segmented(seed, style="plain", split="all"):
