@@ -33,6 +33,7 @@ class Host:
     def __init__(self, model):
         self.model, self.owners, self.context = model, [], {}
         self.patches, self.ports, self.stacks, self.towers = {}, {}, {}, []
+        self.frozen = frozenset()                           # the model's own code that would cut gradients off: see thaw
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
         self.fast = True
         self.rows = None                                    # while a rack runs rows with different states: serve.rows.Runs

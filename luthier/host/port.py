@@ -15,6 +15,9 @@ class Port:
         self.host, self.site, self.entries, self.live, self.saved, self.ready = host, site, [], [], None, None
         self.handles = [site.module.register_forward_pre_hook(self.enter, with_kwargs=True) if site.layout == "in"
                         else site.module.register_forward_hook(self.leave)]
+        for key, hook in list(site.module._forward_hooks.items()):          # transformers' recorders of hidden states only look:
+            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":    # after us, whichever came first
+                site.module._forward_hooks.move_to_end(key)
 
     def remove(self):
         for h in self.handles:
