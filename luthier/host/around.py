@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import DoesNotFit
 from ..method import call
@@ -29,6 +30,7 @@ class Around:
 
     def __init__(self, host, site):
         self.host, self.site, self.module, self.entries, self.live = host, site, site.module, [], []
+        self.beside = None                                  # what the module returns beside its stream: see _beside
         self._install()
 
     def _install(self):
@@ -67,10 +69,11 @@ class Around:
             args, kwargs = tuple(map(self._uncached, args)), {k: self._uncached(v) for k, v in kwargs.items()}
             kwargs |= {"use_cache": False} if kwargs.get("use_cache") else {}
         name = None if args else next(k for k, v in kwargs.items() if torch.is_tensor(v) and v.is_floating_point())
-        x, args, whole = args[0] if args else kwargs.pop(name), args[1:], []        # what runs again must not keep x alive
+        x, args, whole, ran = args[0] if args else kwargs.pop(name), args[1:], [], []   # what runs again must not keep x alive
         stack = self.host.run(self.site.stack) if x.dim() == 3 else None
 
         def run(t):
+            ran.append(True)
             before = stack.tokens if stack is not None else None
             if stack is not None:
                 stack.tokens = t
@@ -92,6 +95,8 @@ class Around:
         t = run(stack.take(x) if stack is not None else Tokens(x))
         if stack is not None:
             stack.tokens = t
+        if not ran:
+            whole[:] = self._beside(x, args, kwargs, name)
         if whole and torch.is_grad_enabled() and not any(torch.is_tensor(v) and v.requires_grad for v in whole[0]):
             for e in self._here():                          # T5's bias of positions: the first block makes it for the others
                 if e.site.layout == "embedding" and any(p.requires_grad for p in e.state.parameters()):
@@ -99,6 +104,26 @@ class Around:
                                      f"{e.site.name} trains through what that block returns beside its stream: it would get no "
                                      f"gradient. Leave it out: {type(e.method).__name__}(at=\"{e.method.at} -{e.site.name}\").")
         return (t.h, *whole[0]) if whole else t.h
+
+    def _beside(self, x, args, kwargs, name):
+        """[what a module that no method ran would return beside its stream], [] where it returns no tuple. Learnt by running it
+        once, uncounted: each part is one of the module's own arguments, or nothing."""
+        who, given = type(self.live[-1].method).__name__, dict(enumerate(args)) | kwargs
+        if self.site.block == 0 and any(hasattr(v, "get_seq_length") for v in given.values()):
+            raise DoesNotFit(f"{who} skips {self.site.name}, by which a KV cache tells how many tokens it holds. Skip other blocks, "
+                             "or generate with use_cache=False.")
+        if self.beside is None:
+            with torch.no_grad(), _disable_current_modes():
+                bare = {k: None if hasattr(v, "get_seq_length") else v for k, v in given.items()}
+                rest, named = [bare[i] for i in range(len(args))], {k: v for k, v in bare.items() if isinstance(k, str)}
+                out = self._base(x, *rest, **named) if name is None else self._base(**named, **{name: x})
+            self.beside = ()
+            if isinstance(out, tuple):
+                self.beside = [next((k for k, g in given.items() if g is v and v is not None), None) for v in out[1:]]
+                if any(k is None and torch.is_tensor(v) for k, v in zip(self.beside, out[1:], strict=True)):
+                    raise DoesNotFit(f"{who} skips {self.site.name}, which makes what later blocks need beside the stream "
+                                     "(T5's first block the bias of positions). Skip other blocks.")
+        return [tuple(None if k is None else given[k] for k in self.beside)] if isinstance(self.beside, list) else []
 
     def _here(self):
         """The entries in this block."""
@@ -120,7 +145,9 @@ class Around:
     def _uncached(self, v):
         if not hasattr(v, "get_seq_length"):
             return v
-        if v.get_seq_length():
+        stack = self.host.run(self.site.stack)
+        begun = stack is not None and stack.proto is not None and not stack.proto["decoding"]      # filled in this very forward
+        if v.get_seq_length() and not begun:
             raise DoesNotFit(f"{type(self.live[0].method).__name__} runs {self.site.name} itself, with gradients and a KV cache "
                              "that is not empty. Use torch.no_grad(), or start without a cache.")
         return None
