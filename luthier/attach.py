@@ -328,8 +328,8 @@ class Tuned(nn.Module):
         keep_all = not (self.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed
         thawed = self._host.frozen and torch.is_grad_enabled() and not transformed
         if thawed and torch.compiler.is_compiling():
-            raise DoesNotFit(f"{type(self.base).__name__} runs a tower of its own without gradients, and compiled there is no way "
-                             "around that. Train it uncompiled; compile it afterwards.")
+            raise DoesNotFit(f"{type(self.base).__name__} runs a tower of its own without gradients, and compiled there is no "
+                             "way around that. Train it uncompiled; compile it afterwards.")
         with nullcontext() if keep_all else lean(), Thawed(self._host.frozen) if thawed else nullcontext():
             out = self.model(*args, **kwargs)
         if self.training and self.active and torch.is_grad_enabled() and self.forwards == 1 and not keep_all:
@@ -446,9 +446,9 @@ class Tuned(nn.Module):
     def _check_learns(self, out):
         found = list(_tensors(out))
         if found and self.trainable() and not any(y.requires_grad for y in found):
-            raise DoesNotFit(f"{self.chain!r} would learn nothing: {type(self.base).__name__} ran in training mode, and none of its "
-                             "outputs depends on what trains. Either the model turns gradients off where no one can reach it, "
-                             "or the chain's sites are not used: choose others (`luthier sites`).")
+            raise DoesNotFit(f"{self.chain!r} would learn nothing: {type(self.base).__name__} ran in training mode, and none of "
+                             "its outputs depends on what trains. Either the model turns gradients off where no one can "
+                             "reach it, or the chain's sites are not used: choose others (`luthier sites`).")
 
     # -- merging, undoing, storing ----------------------------------------------------------------------------------
     @torch.no_grad()

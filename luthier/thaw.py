@@ -26,10 +26,10 @@ def _own(cls):
         if name in seen or not inspect.isfunction(f):
             continue
         seen.add(name)
-        wrappers = {getattr(f, "__code__", None)}
-        code = getattr(inspect.unwrap(f, stop=lambda g: wrappers.add(g.__code__)), "__code__", None)
-        if code is not None:
-            decorated = any(c is not None and c.co_name == "decorate_context" for c in wrappers)
+        decorated = False
+        while hasattr(f, "__wrapped__"):
+            decorated, f = decorated or f.__code__.co_name == "decorate_context", f.__wrapped__
+        if code := getattr(f, "__code__", None):
             found.append((code, frozenset(code.co_names), decorated))
             todo += code.co_names
     return found

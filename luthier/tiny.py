@@ -75,7 +75,7 @@ def _bridged(t):                         # a vision model, a connector and a dec
     return bridge(_vit(t).vit, _llama(t), "limber(dropout=0.0)")
 
 
-def _clipseg(t):                         # two towers that the model runs without gradients, and a decoder of masks on their states
+def _clipseg(t):                         # two towers, run without gradients, and a decoder of masks on their states
     both = dict(**WIDTH | dict(num_hidden_layers=3), projection_dim=32)
     model = t.CLIPSegForImageSegmentation(t.CLIPSegConfig(
         text_config=dict(**both, **TEXT, max_position_embeddings=64), vision_config=dict(**both, **PIXELS), projection_dim=32,

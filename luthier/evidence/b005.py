@@ -17,7 +17,7 @@ CLAIM = "adapters under 5% of the parameters reach Dice within 3 points of full 
 BASELINE = "full fine-tuning of everything, and the frozen model as it is"
 MODEL = "CLIPSeg of tiny-clip's towers and a decoder of three layers, 64 wide (1.5M)"
 STYLE, ROWS = "outline", {"train": 400, "val": 80, "test": 200}
-DATA = f"scenes:segment-{STYLE}, 64 px: {ROWS['train']} train, {ROWS['val']} validation, {ROWS['test']} test rows, a fifth without"
+DATA = f"scenes:segment-{STYLE}, 64 px: {ROWS['train']} train, {ROWS['val']} validation, {ROWS['test']} test rows"
 DECODER = "full(at='decoder *.reduces.*.weight *.film_*.weight *.transposed_convolution.*')"
 PRE, STEPS, BATCH, RATES = 400, 100, 16, (3e-4, 1e-3, 3e-3)
 CHAINS = {"full": "full()", "dense": "vlsm_dense(width=16, cond=32)", "shallow": "vlsm_shallow(width=32, cond=32)"}

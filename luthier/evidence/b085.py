@@ -56,8 +56,8 @@ def spent(model, chains, batch):
     return flops, {"whole": 1e3 * seconds[0], "learned": 1e3 * seconds[1]}
 
 
-def run(seeds, model=MODEL.split()[0]):
-    task = _bench.task("scenes:vqa", model, train=1000, val=200, test=400)
+def run(seeds):
+    task = _bench.task("scenes:vqa", MODEL.split()[0], train=1000, val=200, test=400)
     base = task.build(0).eval()
     beside = _bench.seeing(base, BESIDE)
     _, last = others(base, [s.name for s in find(base, AT)][1:1 + SKIP], 0)

@@ -110,8 +110,8 @@ class Around:
         once, uncounted: each part is one of the module's own arguments, or nothing."""
         who, given = type(self.live[-1].method).__name__, dict(enumerate(args)) | kwargs
         if self.site.block == 0 and any(hasattr(v, "get_seq_length") for v in given.values()):
-            raise DoesNotFit(f"{who} skips {self.site.name}, by which a KV cache tells how many tokens it holds. Skip other blocks, "
-                             "or generate with use_cache=False.")
+            raise DoesNotFit(f"{who} skips {self.site.name}, by which a KV cache tells how many tokens it holds. Skip other "
+                             "blocks, or generate with use_cache=False.")
         if self.beside is None:
             with torch.no_grad(), _disable_current_modes():
                 bare = {k: None if hasattr(v, "get_seq_length") else v for k, v in given.items()}

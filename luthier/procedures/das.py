@@ -79,7 +79,7 @@ def das(task, skip, *, at="block.*.out", width=96, beside="", steps=300, warmup=
     tuned = attach(model, dress(model, chain), Calibration(task, batch_size, seed), seed=seed, loss=task.loss)
     states = [next(p for k, p in tuned.states.items() if p.site_name == n and hasattr(p, "skips")) for n in names]
     bandit, tried = Bandit(len(names), skip, rate, seed), 0
-    held = itertools.chain.from_iterable(task.batches("val", batch_size, seed, epoch, shuffle=True) for epoch in itertools.count())
+    held = (b for epoch in itertools.count() for b in task.batches("val", batch_size, seed, epoch, shuffle=True))
 
     def only(chosen):
         for i, p in enumerate(states):

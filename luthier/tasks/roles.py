@@ -127,7 +127,8 @@ def parts(name):
 def _candidates(given):
     """(kind, whether its label or target must be known by name), in the order in which they are tried; roles that were given
     leave only the kinds that use them."""
-    order = (("token-classification", False), ("text-segmentation", True), ("image-to-text", True), ("image-classification", False), ("instruction", False),
+    order = (("token-classification", False), ("text-segmentation", True), ("image-to-text", True),
+             ("image-classification", False), ("instruction", False),
              ("text-classification", True), ("regression", True), ("text-classification", False), ("regression", False),
              ("causal-lm", False))
     return [k for k in order if set(given) <= set(sum(KINDS[k[0]], ()))] or order

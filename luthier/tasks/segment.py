@@ -6,10 +6,11 @@ image, a phrase and a mask, white or nonzero where the phrase is; an empty mask 
 p: the model's probabilities, m: the mask, ε = 1e-5; the weights are VLSM-Adapter's (2405.06196). Scores are means over rows of
 Dice = 2 |P ∩ M| / (|P| + |M|) and IoU = |P ∩ M| / |P ∪ M|, P: where p > 1/2, at the model's own size; 1 where both are empty.
 
-Images are treated as in every task on images, each treatment counted in the notes. A row whose image or mask is missing or broken,
-whose mask is not of its image's size, or whose phrase is empty is left out and counted, and the data is refused when that is more
-than one row in a hundred."""
+Images are treated as in every task on images, each treatment counted in the notes. A row whose image or mask is missing or
+broken, whose mask is not of its image's size, or whose phrase is empty is left out and counted, and the data is refused when
+that is more than one row in a hundred."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def extent(item, base="."):
         import io
         item = Image.open(io.BytesIO(item) if isinstance(item, bytes | bytearray) else Path(base) / item)
     return ImageOps.exif_transpose(item).size
+
+
+def own_size(folder):
+    """The side of images that a model's own preprocessor makes, which may be larger than that of its towers; None if unsaid."""
+    try:
+        size = json.loads((Path(folder) / "preprocessor_config.json").read_text("utf-8"))["size"]
+        return int(size if isinstance(size, int) else size.get("height") or size["shortest_edge"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def mask_of(item, base="."):
@@ -92,7 +102,7 @@ class TextSegmentation(ImageClassification):
 
     def learn(self, data):
         if not self.options.get("image_size") and self.origin:
-            self.options["image_size"] = (self.origin.image.get("sizes") or (352,))[-1]
+            self.options["image_size"] = own_size(self.origin.folder) or (self.origin.image.get("sizes") or (352,))[-1]
 
     def readable(self, table):
         bad, told, empty, rows = {}, Counter(), 0, self.rows_of(table)
@@ -205,8 +215,8 @@ class TextSegmentation(ImageClassification):
                 decode(item, self.side)
                 sizes.append(extent(item))
             except Exception as error:
-                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160]} Give a path to a "
-                              "PNG or JPEG, its bytes, or an array (H, W, 3).") from error
+                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160]} Give a path to "
+                              "a PNG or JPEG, its bytes, or an array (H, W, 3).") from error
         found, examples = [None] * len(table), self.encode(table)
         for part, _, logits in self.outcomes(model, examples, batch_size):
             for i, y in zip(part, logits, strict=True):
@@ -215,7 +225,7 @@ class TextSegmentation(ImageClassification):
         return found
 
     def write(self, inputs, found, folder):
-        """The masks of `predict` as PNG files in a folder, black and white, named by image and phrase; no file is written over."""
+        """The masks of `predict` as black and white PNG files in a folder, named by image and phrase; none is written over."""
         from PIL import Image
 
         folder, table, told = Path(folder), self.rows(inputs), []

@@ -18,10 +18,11 @@ class das(Method):
 
     def init(self, site):                  # trains 2 width D + width + 3 D a block
         if site.role != "out" or "attn" not in site.peers:
-            raise DoesNotFit(f"das skips whole blocks with attention, and {site.name} is none. Name some: das(at=\"block.2.out\").")
+            raise DoesNotFit(f"das skips whole blocks with attention, and {site.name} is none. Name some: "
+                             "das(at=\"block.2.out\").")
         D, U = site.normal(self.width, site.d_in, std=0.02), site.normal(site.d_out, self.width, std=0.02)
-        norm = dict(g=site.ones(site.d_in), s=site.zeros(site.d_in))
-        return norm | dict(D=D, d=site.zeros(self.width), U=U, u=site.zeros(site.d_out), skips=True)     # False: while it is sought
+        norm = dict(g=site.ones(site.d_in), s=site.zeros(site.d_in), skips=True)          # False now and then while it is sought
+        return norm | dict(D=D, d=site.zeros(self.width), U=U, u=site.zeros(site.d_out))
 
     def around(self, f, t, p):             # t.h: (B, T, D)
         if not p.skips:
