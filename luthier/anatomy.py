@@ -224,7 +224,7 @@ def begin(s, first, leaves, roles, modules, place, paths):
     s.fixed = known if isinstance(known, int) else sum(p.shape[-2] if p.dim() > 1 else 1 for p in special)
     if tokens and s.embed == "out" and not (s.fixed or s.causal or s.cross or s.name == "encoder"):
         s.fixed = int(not WITHOUT_CLS.search(type(s.module).__name__))          # BERT's sentence token
-    if len(tokens) == 1 and s.embed == "out" and "input_ids" in takes and "token_type_ids" not in takes:
+    if len(tokens) == 1 and s.embed == "out" and "input_ids" in takes and (s.name == "text" or "token_type_ids" not in takes):
         s.words_module = tokens[0].module
 
 
