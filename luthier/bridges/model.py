@@ -1,5 +1,6 @@
-"""Two models made one: a vision model looks, a connector maps what it saw, a language model writes. Nothing of the two is
-written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of bridges."""
+"""Two models made one: a vision model looks, a connector maps what it saw, a language model writes (Bridged) or reads (Dual, in
+dual.py). Nothing of the two is written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of
+bridges."""
 
 import inspect
 from contextlib import contextmanager, suppress
@@ -17,14 +18,17 @@ EYES = ("vision_model", "vision_tower", "visual")
 
 
 def bridge(vision, language, with_=DEFAULT, *, seed=0, dtype=None):
-    """A Bridged of two models, each a module or what `luthier.zoo.load` takes; the connector starts untrained, from `seed`."""
+    """A Bridged or, where the way makes one, a Dual of two models, each a module or what `luthier.zoo.load` takes; the connector
+    starts untrained, from `seed`."""
     from .. import zoo
     from . import parse
+    from .dual import Dual
 
     way = parse(with_)
     origin = zoo.paired(zoo.about(vision), zoo.about(language), way)
     eyes, mouth = (m if isinstance(m, nn.Module) else zoo.load(m, dtype) for m in (vision, language))
-    model = Bridged(_eyes(eyes), mouth, way, (origin.image.get("sizes") or [None])[0], seed)
+    made = Dual if way.makes == Dual.kind else Bridged
+    model = made(_eyes(eyes), mouth, way, (origin.image.get("sizes") or [None])[0], seed, origin.parts[-1].pool)
     model.luthier_origin = origin
     return model.eval()
 
@@ -39,24 +43,16 @@ class _Enough(Exception):
     """The vision model has given what is read of it."""
 
 
-class Bridged(nn.Module):
-    """vision, connector, language. Images are (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer.
-    Logits are those of the text alone; without images they are the language model's own, to the bit."""
+class Pair(nn.Module):
+    """vision, connector, language: what both kinds of bridge share."""
 
-    main_input_name = "input_ids"
-
-    def __init__(self, vision, language, way, side=None, seed=0):
+    def __init__(self, vision, language, way, side=None, seed=0, pool=""):
         super().__init__()
         from ..site import Stack, sites
 
-        self.vision, self.language, self.way, self.trained = vision, language, way, False
+        self.vision, self.language, self.way, self.trained, self.pool = vision, language, way, False, pool
         self.eyes, self.pen = ((sites(m).stacks or (Stack("", m, ""),))[-1] for m in (vision, language))
         self.side = side or _side(vision)
-        self.takes = frozenset(inspect.signature(language.forward).parameters)
-        table = language.get_input_embeddings() if hasattr(language, "get_input_embeddings") else None
-        if table is None or not hasattr(language, "generate") or language.get_output_embeddings() is None:
-            raise DoesNotFit(f"{type(language).__name__} writes no text: it has no word embeddings, or no head over words. "
-                             "Bridge to a decoder or encoder-decoder with its head, such as smollm2-135m.")
         try:
             with torch.no_grad():                           # one look says what there is to read
                 states = self.see(next(vision.parameters()).new_zeros(1, 3, self.side, self.side))[0, 0]
@@ -69,8 +65,7 @@ class Bridged(nn.Module):
     def _fresh(self, seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            width = self.language.get_input_embeddings().weight.shape[1]
-            made = self.way.connector(Fit(self.shape, width, self.language, self.pen))
+            made = self.way.connector(Fit(self.shape, self.width(), self.language, self.pen))
         like = next(self.language.parameters())
         return made.to(like.device, like.dtype)
 
@@ -82,26 +77,16 @@ class Bridged(nn.Module):
         return self
 
     @property
-    def config(self):
-        return self.language.config
-
-    @property
-    def writes_apart(self):
-        """Whether an encoder reads image and prompt, and a decoder writes the answer."""
-        return bool(getattr(self.config, "is_encoder_decoder", False))
-
-    @property
     def fresh(self):
         """What starts untrained, and the chain that trains it where no other does; None where nothing does."""
         return None if self.trained else (self.connector, 'full(at="connector")')
 
-    def still(self):
-        """Whether nothing tunes the eyes: what they see may then be computed once."""
+    def still(self, part=None):
+        """Whether nothing tunes the eyes (or another part): what they see may then be computed once."""
         from ..host import Host
 
-        host = Host.of(self)
-        return not any(p.requires_grad for p in self.vision.parameters()) and not (
-            host and host.touches(set(self.vision.modules())))
+        host, part = Host.of(self), part or self.vision
+        return not any(p.requires_grad for p in part.parameters()) and not (host and host.touches(set(part.modules())))
 
     def train(self, mode=True):
         """Training mode; eyes that nothing tunes drop nothing."""
@@ -109,6 +94,10 @@ class Bridged(nn.Module):
         if mode and self.still():
             self.vision.eval()
         return self
+
+    @property
+    def has_loss(self):
+        return hasattr(self.way, "loss")
 
     # -- looking ----------------------------------------------------------------------------------------------------
     def see(self, pixel_values):
@@ -154,6 +143,42 @@ class Bridged(nn.Module):
             handle.remove()
         h, fixed = kept[0], self.eyes.fixed
         return Seen(h[:, fixed:], h[:, fixed:].mean(1), (), fixed)
+
+    @property
+    def supports_gradient_checkpointing(self):
+        return getattr(self.language, "supports_gradient_checkpointing", False)
+
+    def gradient_checkpointing_enable(self, **options):
+        for m in (self.vision, self.language):
+            if getattr(m, "supports_gradient_checkpointing", False):
+                m.gradient_checkpointing_enable(**options)
+
+
+class Bridged(Pair):
+    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer.
+    Logits are those of the text alone; without images they are the language model's own, to the bit."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, vision, language, *more):
+        table = language.get_input_embeddings() if hasattr(language, "get_input_embeddings") else None
+        if table is None or not hasattr(language, "generate") or language.get_output_embeddings() is None:
+            raise DoesNotFit(f"{type(language).__name__} writes no text: it has no word embeddings, or no head over words. "
+                             "Bridge to a decoder or encoder-decoder with its head, such as smollm2-135m.")
+        super().__init__(vision, language, *more)
+        self.takes = frozenset(inspect.signature(language.forward).parameters)
+
+    def width(self):
+        return self.language.get_input_embeddings().weight.shape[1]
+
+    @property
+    def config(self):
+        return self.language.config
+
+    @property
+    def writes_apart(self):
+        """Whether an encoder reads image and prompt, and a decoder writes the answer."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
 
     # -- reading and writing ----------------------------------------------------------------------------------------
     def _inputs(self, input_ids, attention_mask, image_states, image_mask):
@@ -228,10 +253,6 @@ class Bridged(nn.Module):
                 out["loss"] = out["loss"] + self.objective(out, labels)
         return out
 
-    @property
-    def has_loss(self):
-        return hasattr(self.way, "loss")
-
     def objective(self, out, labels, words=None):
         """What the way adds to the loss of the text."""
         return self.way.loss(self, out["front"], labels, words)
@@ -257,15 +278,6 @@ class Bridged(nn.Module):
 
     def can_generate(self):
         return True
-
-    @property
-    def supports_gradient_checkpointing(self):
-        return getattr(self.language, "supports_gradient_checkpointing", False)
-
-    def gradient_checkpointing_enable(self, **options):
-        for m in (self.vision, self.language):
-            if getattr(m, "supports_gradient_checkpointing", False):
-                m.gradient_checkpointing_enable(**options)
 
     def example(self, rows=1, tokens=128):
         """One batch such as it takes."""

@@ -12,12 +12,21 @@ DEFAULT = "limber()"
 
 
 class Way(Declared):
+    makes = "image-text"                # a model that writes about images; "vision-language": a dual encoder, as TwoHeads
+    sees = ("vision", "vision-language", "other")                   # the kinds of models that may look,
+    language = ("text-decoder", "text-pair", "other")               # and that may write
     layers = False                      # whether states() reads the states of every layer
     embedded = False                    # whether it reads what enters the first block, and the vision model stops there
     hidden = 0                          # of each image's prompt tokens: so many are masked
 
     def prompt(self, connector, states):
         return connector(states)
+
+
+class TwoHeads(Way):
+    """A way to make a dual encoder of two encoders; its verbs are told in dual.py."""
+    makes = "vision-language"
+    language = ("text-encoder", "text-decoder", "text-pair", "other")
 
 
 def way(cls):
@@ -34,6 +43,14 @@ class Seen:
     summary: torch.Tensor               # (N, d) the class token's, or the mean where there is none
     layers: tuple = ()                  # where asked for: (N, fixed + S, d) after each block, normed as the last is
     fixed: int = 0                      # leading special tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """What a language model makes of N texts."""
+    tokens: torch.Tensor                # (N, L, d) the last states
+    mask: torch.Tensor                  # (N, L)
+    summary: torch.Tensor               # (N, d) the sentence's: the model's own kind of pooling
 
 
 @dataclasses.dataclass
@@ -59,6 +76,6 @@ class Run:
 class Fit:
     """What a connector must fit."""
     states: tuple                       # the shape of one image's states
-    width: int                          # D, of the language model's embeddings
+    width: int                          # D, of the language model's embeddings; of a dual encoder d, of its texts' states
     language: torch.nn.Module
     pen: object = None                  # its Stack

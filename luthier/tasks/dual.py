@@ -17,16 +17,17 @@ from ..errors import BadData, DoesNotFit
 from .headed import Output
 
 
-def loaded(task, dtype=None):
-    """The dual encoder that a task is to be built on."""
+def loaded(task, seed=0, dtype=None):
+    """The dual encoder that a task is to be built on; heads that a bridge starts untrained depend on `seed`."""
     if task.model is None:
         raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"tiny-clip\".")
     dual = zoo.load(task.model, dtype)
     if not (hasattr(dual, "get_text_features") and hasattr(dual, "get_image_features")):
         raise DoesNotFit(f"{task.origin.ref} is no dual encoder: it gives no image and text features to compare. Use CLIP or "
-                         "SigLIP, in the zoo tiny-clip; or task=\"image-classification\".")
+                         "SigLIP, in the zoo tiny-clip; a bridge of two encoders (dinov2-s+minilm:sail()); or "
+                         "task=\"image-classification\".")
     dual.luthier_origin = task.origin
-    return dual
+    return dual.draw(seed) if hasattr(dual, "draw") else dual
 
 
 class Named(nn.Module):
@@ -36,8 +37,8 @@ class Named(nn.Module):
     def __init__(self, dual, tokenizer, names, template="a photo of a {}.", old=None, parts=None):
         super().__init__()
         self.dual, self.context, self.names, self.old = dual, {}, tuple(names), old or len(names)
-        self.logit_scale = dual.logit_scale          # the very same Parameter: read here, so that methods can reach it here
-        self.logit_bias = getattr(dual, "logit_bias", None)
+        if not hasattr(dual, "scaled"):              # the very same Parameter: read here, so that methods can reach it here
+            self.logit_scale, self.logit_bias = dual.logit_scale, getattr(dual, "logit_bias", None)
         self.parts, self.tokenizer, self.most = parts, tokenizer, _positions(dual)
         ids, mask, self.spans = encode(tokenizer, [template.format(n) for n in names], self.most,
                                        [(template.index("{}"), template.index("{}") + len(n)) for n in names])
@@ -47,6 +48,11 @@ class Named(nn.Module):
     @property
     def config(self):
         return self.dual.config
+
+    @property
+    def fresh(self):
+        """What starts untrained: the heads of a dual encoder that a bridge made of two models."""
+        return getattr(self.dual, "fresh", None)
 
     @property
     def width(self):
@@ -79,8 +85,11 @@ class Named(nn.Module):
             self.context.clear()
         n = self.old if self.training else len(self.texts)
         y = x @ t.T if len(t) == n else torch.einsum("bd,bcd->bc", x, t.unflatten(0, (len(x), n)))
-        logits = self.logit_scale.exp() * y
-        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        if hasattr(self.dual, "scaled"):
+            logits = self.dual.scaled(y)
+        else:
+            logits = self.logit_scale.exp() * y
+            logits = logits if self.logit_bias is None else logits + self.logit_bias
         return Output(None if labels is None else F.cross_entropy(logits.float(), labels), logits)
 
 

@@ -87,7 +87,7 @@ class ClassNames(ImageClassification):
         super().limit(name, most, seed)
 
     def build(self, seed=0, dtype=None):
-        model = Named(loaded(self, dtype), self.tokenizer, self.shown, self.template, self.old, self.parts)
+        model = Named(loaded(self, seed, dtype), self.tokenizer, self.shown, self.template, self.old, self.parts)
         model.luthier_origin = self.origin
         return model.eval()
 

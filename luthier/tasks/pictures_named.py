@@ -29,14 +29,22 @@ def named(seed, style="plain", what="pair", domains=(), new=(), parts=False, met
     return Data("scenes", found, [], None, {k: k for k in names if k}, "class-names", metric)
 
 
-def told(seed):
-    """Pictures of one to four shapes and what they show."""
+def told(seed, extra=False):
+    """Pictures of one to four shapes and what they show; extra: told a second time, in words of the scene's other reading."""
     found, start = {}, 0
     for part, n in SIZES.items():
         seen = [scenes.scene(i, seed, SIDE, 1, 4) for i in range(start, start + n)]
-        found[part] = Table({"image": [s.image() for s in seen], "caption": [s.caption() for s in seen]}, "scenes", None, part)
+        more = {"extra": [counted(s) for s in seen]} if extra else {}
+        found[part] = Table({"image": [s.image() for s in seen], "caption": [s.caption() for s in seen]} | more, "scenes", None,
+                            part)
         start += n
-    return Data("scenes", found, [], None, {"image": "image", "caption": "caption"}, "image-text-retrieval")
+    return Data("scenes", found, [], None, {k: k for k in ("image", "caption", *more)}, "image-text-retrieval")
+
+
+def counted(scene):
+    """A scene from its top: "2 shapes: a red circle above a blue square"."""
+    rows = [f"a {s.colour} {s.shape}" for s in sorted(scene.shapes, key=lambda s: (s.y, s.x))]
+    return f"{len(rows)} shape{'s' * (len(rows) > 1)}: {' above '.join(rows)}"
 
 
 PAIRS = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
@@ -51,4 +59,5 @@ SETS = {
     "scenes:compose": partial(named, new=PAIRS[1::2], parts=True, metric="auc"),
     "scenes:compose-outline": partial(named, style="outline", new=PAIRS[1::2], parts=True, metric="auc"),
     "scenes:retrieval": told,
+    "scenes:retrieval-extra": partial(told, extra=True),                                  # with a second caption
 } | {f"scenes:classify-{k}": partial(named, style=k) for k in scenes.STYLES[1:]}

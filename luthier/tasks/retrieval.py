@@ -1,23 +1,34 @@
 """Image-text retrieval with a dual encoder: which caption belongs to an image (i2t) and which image to a caption (t2i), by
 R@K, the share of queries with a right answer among the K most similar. Rows with the same image file or the same caption
-belong together.
+belong together. A second caption (the role `extra`) is one more text of its image in training, and of no other use.
 
 Trained with the model's own kind of loss: cross-entropy both ways over a batch (CLIP 2103.00020 §2.3), or a sigmoid for every
-pair (SigLIP 2303.15343 §3.2) where the model has a logit bias."""
+pair (SigLIP 2303.15343 §3.2) where the model has a logit bias; a bridge's way may bring its own. What an encoder that nothing
+tunes sees or reads is computed once."""
+
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
+from ..attach import base_of
 from ..errors import BadData
 from . import metrics
 from .dual import loaded
 from .image import UNREADABLE, ImageClassification
+
+KEPT = 2 << 30                 # bytes of what frozen encoders made of rows
 
 
 class Retrieval(ImageClassification):
     kind = "image-text-retrieval"
     reads = ("vision-language",)
     metrics = ("recall@1", "recall@5", "recall@10")
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        self.encoders, self.memory = (None, None), (None, {})
 
     def strata(self, table):
         return [0] * len(table)
@@ -57,36 +68,97 @@ class Retrieval(ImageClassification):
     def max_length(self):
         return min(self.options.get("max_length") or 10**6, self.origin.longest, self.tokenizer.model_max_length)
 
+    def tokens(self, texts):
+        masked = "attention_mask" in self.tokenizer.model_input_names
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length,
+                              padding=False if masked else "max_length")["input_ids"]
+
     def examples(self, split):
         images, table = super().examples(split), self.tables[split]
         if getattr(images, "texts", None) is None:
             captions, masked = self.column(table, "caption"), "attention_mask" in self.tokenizer.model_input_names
-            images.texts = self.tokenizer(captions, truncation=True, max_length=self.max_length,
-                                          padding=False if masked else "max_length")["input_ids"]
+            images.texts, images.extra = self.tokens(captions), None
+            if "extra" in self.roles and split == "train":
+                images.extras = [x or c for x, c in zip(self.column(table, "extra"), captions, strict=True)]
+                images.extra = self.tokens(images.extras)
             long = sum(len(t) == self.max_length for t in images.texts) if masked else 0
             if long:
                 self.notes.append(f"{split}: {long:,} captions fill or exceed {self.max_length} tokens and are cut there")
             keys = table.columns.get("_same") or self.column(table, "image")
             images.keys = [key if isinstance(key, (str, int)) else i for i, key in enumerate(keys)]
-            images.captions = captions
+            images.captions, images.split = captions, split
         return _Pairs(images)
 
     def collate(self, examples):
-        batch, masked = super().collate(examples), "attention_mask" in self.tokenizer.model_input_names
-        width, pad = max(len(e["ids"]) for e in examples), self.tokenizer.pad_token_id
-        batch["input_ids"] = torch.tensor([e["ids"] + [pad] * (width - len(e["ids"])) for e in examples])
-        if masked:
-            batch["attention_mask"] = torch.tensor([[1] * len(e["ids"]) + [0] * (width - len(e["ids"])) for e in examples])
-        same = [[a["key"] == b["key"] or a["caption"] == b["caption"] for b in examples] for a in examples]
+        """The captions' rows, and behind them the second captions'."""
+        second = [e["extra"] for e in examples if "extra" in e]
+        rows = [(e["ids"], e["key"], e["caption"]) for e in examples] + [
+            (ids, e["key"], text) for e, (ids, text) in zip(examples, second, strict=False)]
+        eyes, ears = self.encoders
+        batch = super().collate(examples) if eyes is None else dict(image_states=torch.stack(self.seen(examples)))
+        batch |= self.padded([ids for ids, *_ in rows]) if ears is None else dict(
+            text_states=pad_sequence(self.heard([ids for ids, *_ in rows]), batch_first=True))
+        same = [[key == e["key"] or text == e["caption"] for e in examples] for _, key, text in rows]
         return batch | {"labels": torch.tensor(same)}    # (text, image): which pairs belong together
 
+    def padded(self, rows):
+        width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        made = {"input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])}
+        if "attention_mask" in self.tokenizer.model_input_names:
+            made["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
+        return made
+
+    # -- what frozen encoders see and read is computed once ------------------------------------------------------------------
+    @contextmanager
+    def seeing(self, model):
+        """Within, batches are for `model`: of a bridged one whose encoders nothing tunes, they hold what these make of rows."""
+        from ..save import fingerprint
+
+        base, before = base_of(model), self.encoders
+        if hasattr(base, "hear"):
+            self.encoders = tuple(base if base.still(part) else None for part in (base.vision, base.language))
+            which = (fingerprint(base.vision), fingerprint(base.language), repr(base.way), self.side,
+                     str(next(base.parameters()).device))
+            self.memory = self.memory if self.memory[0] == which else (which, {})
+        try:
+            yield self
+        finally:
+            self.encoders = before
+
+    def seen(self, examples):
+        def see(new):
+            x = ImageClassification.collate(self, new)["pixel_values"]
+            return self.encoders[0].see(x.to(next(self.encoders[0].parameters()).device))[:, 0]
+        return self.once([("image", e["split"], e["key"]) for e in examples], examples, see)
+
+    def heard(self, rows):
+        def hear(new):
+            states = self.encoders[1].hear(**{k: v.to(next(self.encoders[1].parameters()).device)
+                                              for k, v in self.padded(new).items()})
+            return [s[:len(ids)] if s.dim() == 2 else s for s, ids in zip(states, new, strict=True)]
+        return self.once([("text", *ids) for ids in rows], rows, hear)
+
+    def once(self, keys, items, make):
+        """make([...]) of those items whose keys are not in memory yet; -> one a key."""
+        memory = self.memory[1]
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in memory}
+        if new:
+            with torch.no_grad():
+                fresh = dict(zip(new, make(list(new.values())), strict=True))
+            if sum(x.nbytes for x in fresh.values()) / len(fresh) * (len(memory) + len(fresh)) > KEPT:
+                return [fresh[key] if key in fresh else memory[key] for key in keys]
+            memory.update(fresh)
+        return [memory[key] for key in keys]
+
     def build(self, seed=0, dtype=None):
-        return loaded(self, dtype)
+        return loaded(self, seed, dtype)
 
     def loss(self, model, batch):
         out, same = self.forward(model, batch), batch["labels"]
         logits = out.logits_per_text.float()
-        same = same.to(logits.device).float()
+        same, base = same.to(logits.device).float(), base_of(model)
+        if getattr(base, "has_loss", False):
+            return base.objective(logits, same)
         if hasattr(model, "logit_bias"):
             return -F.logsigmoid(logits * (2 * same - 1)).sum(1).mean()
         return sum(F.cross_entropy(y, t / t.sum(1, keepdim=True)) for y, t in ((logits, same), (logits.T, same.T))) / 2
@@ -97,8 +169,13 @@ class Retrieval(ImageClassification):
     def forward(self, model, batch):
         device = next(model.parameters()).device
         given = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-        given["pixel_values"] = given["pixel_values"].to(next(model.parameters()).dtype)
+        if "pixel_values" in given:
+            given["pixel_values"] = given["pixel_values"].to(next(model.parameters()).dtype)
         return model(**given)
+
+    def evaluate(self, model, split="test", batch_size=64):
+        with self.seeing(model):
+            return super().evaluate(model, split, batch_size)
 
     def score(self, model, examples, batch_size):
         was, images, texts, total = model.training, [], [], 0.0
@@ -109,7 +186,7 @@ class Retrieval(ImageClassification):
                     batch = self.collate([examples[k] for k in range(i, min(i + batch_size, len(examples)))])
                     out = self.forward(model, batch)
                     images.append(out.image_embeds.float().cpu())
-                    texts.append(out.text_embeds.float().cpu())
+                    texts.append(out.text_embeds[:len(images[-1])].float().cpu())
                     total += float(self.loss(model, batch)) * len(texts[-1])
         finally:
             model.train(was)
@@ -146,4 +223,5 @@ class _Pairs:
 
     def __getitem__(self, i):
         inner = self.images
-        return inner[i] | {"ids": inner.texts[i], "key": inner.keys[i], "caption": inner.captions[i]}
+        more = {"extra": (inner.extra[i], inner.extras[i])} if inner.extra else {}
+        return inner[i] | {"ids": inner.texts[i], "key": inner.keys[i], "caption": inner.captions[i], "split": inner.split} | more

@@ -12,7 +12,7 @@ KINDS = {            # task kind -> (roles it needs, roles it may have)
     "image-classification": (("image", "label"), ()),
     "image-to-text": (("image", "response"), ("prompt", "task")),
     "class-names": (("image",), ("label", "attribute", "object", "domain")),
-    "image-text-retrieval": (("image", "caption"), ()),
+    "image-text-retrieval": (("image", "caption"), ("extra",)),
     "token-classification": (("tokens", "tags"), ()),
     "text-classification": (("text", "label"), ("text_pair",)),
     "regression": (("text", "target"), ("text_pair",)),
@@ -32,6 +32,7 @@ NAMES = {            # role -> column names that mean it, likeliest first
             "query "
             "question title description",
     "caption": "caption captions text sentence description",
+    "extra": "extra extra_caption second_caption long_caption",
     "attribute": "attribute attr state",
     "object": "object obj noun",
     "domain": "domain style environment",
@@ -159,7 +160,7 @@ def _pick(role, columns, forced, by_name, said=False):
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
         "text": is_text, "text_pair": is_text, "prompt": is_text, "task": is_class,
         "response": (lambda v: True) if said else is_text, "caption": lambda v: is_text(v) or is_list(v),
-        "attribute": is_class, "object": is_class, "domain": is_class,
+        "extra": is_text, "attribute": is_class, "object": is_class, "domain": is_class,
     }[role]
     low = {c.lower().replace("-", "_").replace(" ", "_"): c for c in columns if isinstance(c, str)}
     named = [low[n] for n in NAMES[role] if n in low and fits(columns[low[n]])]

@@ -174,13 +174,14 @@ def _pair(ref):
 
 def paired(vision, language, way):
     """The Origin of two bridged models."""
-    for part, kinds, cannot in ((vision, ("vision", "vision-language", "other"), "sees no images"),
-                                (language, ("text-decoder", "text-pair", "other"), "writes no text")):
+    reads = way.makes == "vision-language"
+    for part, kinds, cannot in ((vision, way.sees, "sees no images"),
+                                (language, way.language, "reads no text" if reads else "writes no text")):
         if part.kind not in kinds:
             raise DoesNotFit(f"{part.ref} is a model of kind {part.kind}: it {cannot}. Bridge from a vision model like dinov2-s "
-                             "to a language model like smollm2-135m.")
+                             f"to a language model like {'minilm' if reads else 'smollm2-135m'}.")
     licence = " + ".join(dict.fromkeys((vision.licence, language.licence)))
-    return Origin(f"{vision.ref}+{language.ref}:{way!r}", "image-text", licence, language.folder, vision.image,
+    return Origin(f"{vision.ref}+{language.ref}:{way!r}", way.makes, licence, language.folder, vision.image,
                   longest=language.longest, parts=(vision, language))
 
 

@@ -1,0 +1,219 @@
+"""Bridges that make a dual encoder of a vision and a text encoder: heads, losses, cached states, and the choice of encoders."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import luthier
+from luthier import tasks, tiny
+from luthier.bridges import bridge, parse
+from luthier.errors import DoesNotFit
+from luthier.save import fingerprint
+from luthier.tasks.dual import Named
+
+TOKENS = tiny.build("named").tokenizer
+
+
+def made(way="sail(dim=6, wide=2)", eyes="vit", words="bert", seed=0):
+    return bridge(tiny.build(eyes), tiny.build(words), way, seed=seed)
+
+
+def given(n=3, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 60, (n, 7), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return dict(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(n, 3, 16, 16, generator=g))
+
+
+def near(a, b):
+    assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
+
+
+# -- SAIL ------------------------------------------------------------------------------------------------------------
+
+
+def gated(x, side):
+    x = F.layer_norm(x, x.shape[-1:])
+    A, B, G = (getattr(side, n) for n in ("gate", "up", "proj"))
+    return ((x @ A.weight.T + A.bias).clamp(0, 6) * (x @ B.weight.T + B.bias)) @ G.weight.T + G.bias
+
+
+def test_sails_heads_by_hand():
+    m, b = made(), given()
+    h = m.vision(b["pixel_values"]).last_hidden_state
+    x = gated(torch.cat([h[:, 0], h[:, 1:].mean(1)], -1), m.connector.image)
+    w = m.language.base_model(b["input_ids"], b["attention_mask"]).last_hidden_state
+    t = gated(torch.stack([w[0].mean(0), w[1, :4].mean(0), w[2].mean(0)]), m.connector.text)
+    near(m.get_image_features(b["pixel_values"]), x)
+    near(m.get_text_features(b["input_ids"], b["attention_mask"]), t)
+    cos = F.normalize(t, dim=-1) @ F.normalize(x, dim=-1).T
+    out = m(**b)
+    near(out.logits_per_text, 20 * cos - 10)
+    near(out.logits_per_image, out.logits_per_text.T)
+    assert m.connector.image.gate.weight.shape == (2 * 64, 64) and m.connector.text.proj.weight.shape == (6, 2 * 32)
+    bound = math.sqrt(6 / (64 + 128))                        # Xavier's
+    assert 0.9 * bound < m.connector.image.gate.weight.abs().max() <= bound and not m.connector.image.gate.bias.any()
+
+
+def test_a_vector_or_a_map_is_one_vector():
+    m, b = made(eyes="resnet"), given()
+    h = m.vision(b["pixel_values"]).last_hidden_state
+    near(m.see(b["pixel_values"])[:, 0], h.mean((2, 3)))
+    assert m.connector.image.norm.weight.shape == (h.shape[1],)
+
+
+def test_the_probe_is_linear():
+    m, b = made("sail(gated=False, dim=5)"), given()
+    h = m.vision(b["pixel_values"]).last_hidden_state
+    x = F.layer_norm(torch.cat([h[:, 0], h[:, 1:].mean(1)], -1), (64,))
+    side = m.connector.image.proj
+    near(m.get_image_features(b["pixel_values"]), x @ side.weight.T + side.bias)
+
+
+def test_sails_loss_by_hand():
+    """Image 0 has captions 0 and 2 (its second); image 1 has 1 and 3."""
+    logits = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0], [-1.0, 2.0]])
+    same = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    sign = [[1, -1], [-1, 1], [1, -1], [-1, 1]]
+    want = sum(math.log1p(math.exp(-s * v)) for r, q in zip(sign, logits.tolist(), strict=True) for s, v in zip(r, q, strict=True))
+    assert abs(parse("sail()").loss(logits, same).item() - want / 8) < 1e-6
+
+
+def test_the_scale_stays_below_a_hundred():
+    m = made("sail(scale=100, dim=4)")
+    with torch.no_grad():
+        m.connector.logit_scale.add_(1.0)
+    near(m.connector(torch.ones(1)), torch.tensor([90.0]))
+
+
+# -- a dual encoder among others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["bert", "llama", "t5"])
+def test_only_the_heads_train_and_all_of_them(words):
+    m, b = made(words=words), given()
+    before = fingerprint(m.vision), fingerprint(m.language)
+    tuned = luthier.attach(m, 'full(at="connector")').train()
+    out = tuned(**b)
+    m.objective(out.logits_per_text, torch.eye(3)).backward()
+    assert sum(p.numel() for _, p in tuned.trainable()) == sum(p.numel() for p in m.connector.parameters())
+    assert all(p.grad is not None and p.grad.any() for _, p in tuned.trainable())
+    assert not any(p.grad is not None for part in (m.vision, m.language) for p in part.parameters())
+    torch.optim.SGD([p for _, p in tuned.trainable()], lr=1.0).step()
+    assert not torch.equal(tuned(**b).logits_per_text, out.logits_per_text)
+    assert (fingerprint(m.vision), fingerprint(m.language)) == before
+
+
+def test_names_are_told_by_a_bridged_pair():
+    """The scale that trains is the one that is used."""
+    dual, x = made(), given()["pixel_values"]
+    m = Named(dual, TOKENS, ["red round", "blue flat"]).eval()
+    t = F.normalize(dual.get_text_features(m.texts, m.mask), dim=-1)
+    f = F.normalize(dual.get_image_features(x), dim=-1)
+    near(m(x).logits, 20 * f @ t.T - 10)
+    tuned = luthier.attach(m, 'full(at="connector")')
+    state = next(p for n, p in tuned.trainable() if "logit_scale" in n)
+    with torch.no_grad():
+        state.fill_(math.log(3))
+    near(tuned(x).logits, 3 * f @ t.T - 10)
+    assert m.fresh[0] is dual.connector
+
+
+def test_words_are_looked_up_in_a_bridged_text_tower():
+    m = Named(made(), TOKENS, ["red round", "blue flat"]).eval()
+    tuned = luthier.attach(m, "coop(n=2)")
+    x = given()["pixel_values"]
+    tuned(x).logits.sum().backward()
+    assert all(p.grad.any() for _, p in tuned.trainable()) and not torch.equal(tuned(x).logits, m.dual(m.texts, m.mask, x).logits_per_image)
+
+
+def test_it_reads_by_its_own_kind_of_pooling():
+    b, m = given(), made(words="llama")                      # a decoder: the last token that is not padding
+    h = m.language.base_model(b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state
+    near(m.hear(b["input_ids"], b["attention_mask"]), torch.stack([h[0, 6], h[1, 3], h[2, 6]]))
+
+
+def test_what_fits_is_said():
+    with pytest.raises(DoesNotFit, match="sees no images.*minilm"):
+        luthier.zoo.about("minilm+minilm:sail()")
+    with pytest.raises(DoesNotFit, match="writes no text.*smollm2"):
+        luthier.zoo.about("dinov2-s+minilm")
+    with pytest.raises(DoesNotFit, match="reads no text"):
+        luthier.zoo.about("dinov2-s+dinov2-s:sail()")
+    with pytest.raises(DoesNotFit, match="does not read texts"):
+        bridge(tiny.build("vit"), tiny.build("dinov2"), "sail()")
+    assert luthier.zoo.about("dinov2-s+minilm:sail()").kind == "vision-language"
+
+
+# -- retrieval -------------------------------------------------------------------------------------------------------------
+
+N = 24
+
+
+def pairs(extra=True, seed=0):
+    g = np.random.default_rng(seed)
+    words = ["red", "blue", "green", "white"], ["circle", "square", "cross"]
+    told = [(g.choice(words[0]), g.choice(words[1])) for _ in range(N)]
+    rows = {"image": [g.integers(0, 255, (16, 16, 3), dtype=np.uint8) for _ in told],
+            "caption": [f"a photo of a {a} {b}" for a, b in told]}
+    return rows | ({"extra": [f"a {b} {a}" for a, b in told]} if extra else {})
+
+
+def opened(m, **more):
+    return tasks.open(pairs(**more), model=m, task="image-text-retrieval", tokenizer=TOKENS, image_size=16)
+
+
+def test_a_second_caption_is_a_second_positive_in_training_alone():
+    m = made()
+    task, plain = opened(m), opened(m, extra=False)
+    batch = next(task.batches("train", 5))
+    size = len(batch["pixel_values"])
+    assert batch["input_ids"].shape[0] == 2 * size == len(batch["labels"]) and batch["labels"].shape[1] == size
+    assert batch["labels"][:size].diagonal().all() and batch["labels"][size:].diagonal().all()
+    assert torch.equal(batch["labels"][:size], next(plain.batches("train", 5))["labels"])
+    out = task.forward(m, batch)
+    want = -F.logsigmoid(out.logits_per_text * (2 * batch["labels"].float() - 1)).mean()
+    near(task.loss(m, batch), want)
+    assert len(next(task.batches("test", 2))["input_ids"]) == 2
+    scores = task.evaluate(m)
+    assert scores == plain.evaluate(m) and 0 <= scores["recall@1"] <= 1
+
+
+@pytest.mark.parametrize("chain, kept", [('full(at="connector")', {"image_states", "text_states"}),
+                                         ('full(at="connector") >> lora(at="text.attn.q", rank=2)', {"image_states"}),
+                                         ('full(at="connector") >> lora(at="vision.attn.q", rank=2)', {"text_states"})])
+def test_what_frozen_encoders_make_is_computed_once(chain, kept):
+    m = made()
+    task, tuned = opened(m), luthier.attach(m, chain)
+    calls = []
+    for part in (m.vision, m.language):
+        part.register_forward_pre_hook(lambda module, args, part=part: calls.append(part))
+    m.language.base_model.register_forward_pre_hook(lambda module, args: calls.append(m.language))
+    plain = [task.loss(tuned, b) for b in task.batches("train", 4, epoch=1)]
+    with task.seeing(tuned):
+        first = [task.loss(tuned, b) for b in task.batches("train", 4, epoch=1)]
+        calls.clear()
+        batches = list(task.batches("train", 4, epoch=1))
+        again = [task.loss(tuned, b) for b in batches]
+    assert kept <= batches[0].keys() and not {"image_states", "text_states"} - kept & batches[0].keys()
+    assert ("image_states" in kept) == (m.vision not in calls) and ("text_states" in kept) == (m.language not in calls)
+    assert torch.equal(torch.stack(first), torch.stack(again))
+    near(torch.stack(plain), torch.stack(again))
+    assert "pixel_values" in next(task.batches("train", 4))
+
+
+def test_it_learns_and_comes_back_from_disk(tmp_path):
+    m = made()
+    task, tuned = opened(m), luthier.attach(m, 'full(at="connector")')
+    start = task.evaluate(tuned, "train")["loss"]
+    luthier.train(tuned, task, epochs=30, batch_size=8, lr=3e-3, progress=False, log=False)
+    assert task.evaluate(tuned, "train")["loss"] < 0.8 * start
+    tuned.save(tmp_path / "kept")
+    b = given()
+    again = luthier.load(made(), tmp_path / "kept")
+    near(again.eval()(**b).logits_per_text, tuned.eval()(**b).logits_per_text)
+    near(tuned.merge()(**b).logits_per_text, again(**b).logits_per_text)
