@@ -90,7 +90,10 @@ TASK = (
     arg("--image-size", type=whole(2), metavar="N", help="pixels a side"),
     arg("--pool", metavar="NAME", help="how features become one vector (cls, mean, cls+mean, last)"),
     arg("--template", metavar="TEXT", help="class-names: the text of a class, with {} for its name (\"a photo of a {}.\")"),
-    arg("--shots", type=whole(1), metavar="N", help="class-names: training rows of each class"),
+    arg("--shots", type=whole(1), metavar="N", help="class-names: training rows of each class; with --concepts, of each concept"),
+    arg("--concepts", metavar="DATA", help="pairs of image and text: train on those that give each class of these labelled images "
+                                           "--shots rows"),
+    arg("--judge", metavar="M", help="with --concepts: the dual encoder that says which text is near which concept"),
 )
 BUDGET = (
     arg("--epochs", type=whole(1), default=3, metavar="N", help="passes over the training rows (default 3)"),
@@ -101,7 +104,7 @@ BUDGET = (
 
 def _task_options(a):
     found = {k: getattr(a, k) for k in ("task", "columns", "metric", "limit", "max_length", "image_size", "pool",
-                                       "template", "shots")}
+                                       "template", "shots", "concepts", "judge")}
     return {k: v for k, v in found.items() if v is not None}
 
 
@@ -250,8 +253,35 @@ def bridge(a):
 
     luthier bridge dinov2-s smollm2-135m --with "limber()" --data pairs.jsonl --out captioner
     luthier predict captioner image.png "how many red circles?"
+    luthier bridge dinov2-s minilm --with "sail()" --data pairs.jsonl --out dual
     """
+    from .bridges import parse
+
+    if parse(a.way).makes == "vision-language":
+        a.task = a.task or "image-text-retrieval"
     _tune(a, f"{a.vision}+{a.language}" + f":{a.way}" * bool(a.way), a.chain)
+
+
+@command(arg("vision", metavar="VISION,...", type=several(str), help="models that look"),
+         arg("language", metavar="LANGUAGE,...", type=several(str), help="models that read"),
+         arg("--data", required=True, metavar="PAIRS", help="rows of an image and a caption"),
+         arg("--steps", type=whole(0), default=0, metavar="N", help="of training for the alignment probe (default 0: CKA alone)"),
+         arg("--limit", type=whole(2), default=500, metavar="N", help="at most N rows a split (default 500)"),
+         arg("--image-size", type=whole(2), metavar="N", help="pixels a side"),
+         arg("--seed", type=whole(0), default=0, metavar="N", help="of rows and probe (default 0)"), JSON)
+def rank(a):
+    """which encoders fit together? CKA and a linear probe of every pair, before a bridge is trained
+
+    Similarity (CKA) of what a vision and a text encoder make of the same pairs, and with --steps what a linear head on each side
+    comes to in retrieval; the best pair first.
+
+    luthier rank dinov2-s,effnet-lite0 minilm,smollm2-135m --data pairs.jsonl --steps 200
+    """
+    from .procedures.matching import rank
+
+    rows = rank(a.data, a.vision, a.language, steps=a.steps, seed=a.seed, limit=a.limit, image_size=a.image_size)
+    more = {k: lambda r, k=k: f"{r[k]:.3f}" for k in ("cka", "recall@1", "recall@5", "recall@10") if k in rows[0]}
+    _print(rows, {"vision": "vision", "language": "language"} | more, a.json)
 
 
 @command(arg("folder", metavar="DIR", nargs="?", help="what `luthier tune` wrote; with --rack none"),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import luthier
 from luthier import tasks, tiny
 from luthier.bridges import bridge, parse
-from luthier.errors import DoesNotFit
+from luthier.errors import BadData, DoesNotFit
 from luthier.save import fingerprint
 from luthier.tasks.dual import Named
 from luthier.train import train
@@ -91,6 +91,85 @@ def test_the_scale_stays_below_a_hundred():
     with torch.no_grad():
         m.connector.logit_scale.add_(1.0)
     near(m.connector(torch.ones(1)), torch.tensor([90.0]))
+
+
+# -- projectors, and what is chosen before they train ------------------------------------------------------------------------
+
+
+def test_projectors_by_hand():
+    m, b = made("projectors(dim=6)"), given()
+
+    def token(x, c):
+        n = F.layer_norm(x, x.shape[-1:])
+        return n @ c.straight.weight.T + c.straight.bias + F.gelu(n @ c.up.weight.T + c.up.bias) @ c.proj.weight.T + c.proj.bias
+    h, c = m.vision(b["pixel_values"]).last_hidden_state, m.connector.image
+    near(m.get_image_features(b["pixel_values"]), token(h[:, 1:], c.patch).mean(1) + token(h[:, 0], c.whole))
+    w, c = m.language.base_model(b["input_ids"], b["attention_mask"]).last_hidden_state, m.connector.text
+    t = token(w, c.word)
+    t = torch.stack([t[0].mean(0), t[1, :4].mean(0), t[2].mean(0)]) @ c.enter.weight.T + c.enter.bias
+    t = F.layer_norm(t + F.gelu(t) @ c.proj.weight.T + c.proj.bias, (6,))
+    near(m.get_text_features(b["input_ids"], b["attention_mask"]), t)
+    assert abs(m.connector.logit_scale.exp().item() - 1 / 0.07) < 1e-4 and not m.has_loss
+
+
+def test_projectors_train_as_clip_does(file):
+    task, m = opened(made(), file, extra=False), made("projectors(dim=6)")
+    batch = next(task.batches("train", 4))
+    y, same = m(**{k: v for k, v in batch.items() if k != "labels"}).logits_per_text, batch["labels"].float()
+    want = sum(-(t / t.sum(1, keepdim=True) * z.log_softmax(1)).sum(1).mean() for z, t in ((y, same), (y.T, same.T))) / 2
+    near(task.loss(m, batch), want)
+
+
+def test_cka_is_that_of_the_kernels():
+    from luthier.procedures.matching import cka
+    g = torch.Generator().manual_seed(0)
+    X, Y = torch.randn(9, 4, generator=g), torch.randn(9, 7, generator=g)
+    H = torch.eye(9) - 1 / 9
+    K, L = H @ X @ X.T @ H, H @ Y @ Y.T @ H                  # HSIC of centred kernels
+    near(torch.tensor(cka(X, Y)), (K * L).sum() / ((K * K).sum() * (L * L).sum()).sqrt())
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=g))[0]
+    assert abs(cka(X, 3 * X @ turn + 5) - 1) < 1e-6
+
+
+def test_encoders_are_ranked(file, monkeypatch):
+    from luthier.bridges.dual import Dual
+    from luthier.procedures.matching import cka, rank, states
+    heard, real = [], Dual.hear
+
+    def hear(self, input_ids, attention_mask=None):
+        heard.append(len(input_ids))
+        return real(self, input_ids, attention_mask)
+    monkeypatch.setattr(Dual, "hear", hear)
+    rows = rank("scenes:retrieval", ["effnet-lite0", "tiny-clip"], ["minilm"], steps=2, limit=12, image_size=32, dim=8)
+    assert [r["recall@1"] for r in rows] == sorted((r["recall@1"] for r in rows), reverse=True)
+    assert {r["vision"] for r in rows} == {"effnet-lite0", "tiny-clip"} and all(0 < r["cka"] < 1 for r in rows)
+    assert sum(n for n in heard if n > 1) <= 24              # twelve captions to train on, twelve to say how well: once each
+    m = made("sail()").requires_grad_(False)
+    task = opened(m, file, extra=False)
+    X, Y = states(task, m)
+    h = [m.vision(b["pixel_values"]).last_hidden_state[0, 1:].mean(0) for b in task.batches("train", 1, shuffle=False)]
+    near(X, torch.stack(h))
+    assert len(X) == len(Y) and 0 < cka(X, Y) < 1
+
+
+def test_concepts_choose_by_turns():
+    from luthier.tasks.balance import assign
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.9, 0.2], [0.6, 0.1, 0.3], [0.5, 0.2, 0.4]])
+    # the last candidates: 0.5, 0.1, 0.1: concept 1 chooses first, then 2, then 0
+    assert assign(scores, 1) == [[0], [1], [3]]
+    assert assign(scores, 2) == [[], [1, 0], [3, 2]]
+
+
+def test_pairs_balanced_over_concepts():
+    plain = tasks.open("scenes:retrieval", model="tiny-clip", limit={"train": 400, "val": 5, "test": 5})
+    task = tasks.open("scenes:retrieval", model="tiny-clip", concepts="scenes:classify-shape", judge="tiny-clip", shots=4,
+                      limit={"val": 5, "test": 5})
+    assert task.size() == 20 and "at most 4 for each of 5 concepts" in " ".join(task.notes)
+    told = task.column(task.tables["train"], "caption")
+    shares = [sum(shape in c for c in told) for shape in ("circle", "square", "triangle", "diamond", "cross")]
+    assert min(shares) >= 4 and plain.size() == 400
+    with pytest.raises(BadData, match="judge="):
+        tasks.open("scenes:retrieval", model="tiny-clip", concepts="scenes:classify-shape", shots=4)
 
 
 # -- a dual encoder among others -------------------------------------------------------------------------------------------

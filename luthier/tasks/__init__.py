@@ -39,15 +39,16 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
     limit    at most this many rows (blocks for causal-lm) a split, or {split: number}; drawn with `seed`, classes in proportion
     seed     of every split and sample that the data does not fix itself
     options  max_length (tokens), image_size (pixels), pool (how features become one vector, see headed.py), template (of a
-             class's text, with {} for its name), shots (training rows a class)
+             class's text, with {} for its name), shots (training rows a class), concepts (labelled images: of pairs of image and
+             text, those are trained on that give each of their classes `shots` rows) and judge (the dual encoder that says so)
     """
-    known_options = ("max_length", "image_size", "pool", "template", "shots")
+    known_options = ("max_length", "image_size", "pool", "template", "shots", "concepts", "judge")
     for key, value in options.items():
         if key not in known_options:
             raise BadData(f"There is no option {key!r}. {_roles.nearest(key, known_options)} Options: "
                           f"{', '.join(known_options)}.")
         least = 1 if key == "shots" else 2
-        if key not in ("pool", "template") and value is not None and (not isinstance(value, int) or value < least):
+        if key not in ("pool", "template", "concepts", "judge") and value is not None and (not isinstance(value, int) or value < least):
             raise BadData(f"{key}={value!r} must be a whole number of at least {least}.")
     for n in limit.values() if isinstance(limit, dict) else [limit]:
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 2):

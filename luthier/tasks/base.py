@@ -62,12 +62,29 @@ class Task:
                 self.notes.append(f"test: {n:,} of {len(self.tables['test']):,} rows have a {role} that also stands in train")
 
     def limit(self, name, most, seed):
+        if name == "train" and self.options.get("concepts"):
+            self.balance(seed)
         table = self.tables[name]
         if most is not None and most < len(table):
             if most < 1:
                 raise BadData(f"limit={most}: a limit is at least 1.")
             self.tables[name] = table.take(shares(self.strata(table), most, seed))
             self.notes.append(f"{name}: {most:,} of {len(table):,} rows kept (limit)")
+
+    def balance(self, seed):
+        """Of the training rows, those that give every concept its share of texts (balance.py)."""
+        from .balance import balanced
+
+        per, judge, table = self.options.get("shots"), self.options.get("judge"), self.tables["train"]
+        role = next((r for r in ("caption", "response") if r in self.roles), None)
+        if role is None or not (per and judge):
+            raise BadData(f"concepts={self.options['concepts']!r} chooses pairs of image and text that a dual encoder finds near "
+                          "to images of each concept: it needs a caption or response, judge= (such as a CLIP) and shots=, the "
+                          "rows a concept may have.")
+        texts = [t[0] if isinstance(t, (list, tuple)) else t for t in self.column(table, role)]
+        kept, n = balanced([t if isinstance(t, str) else "" for t in texts], self.options["concepts"], judge, per, seed)
+        self.notes.append(f"train: {len(kept):,} of {len(table):,} rows kept, at most {per} for each of {n:,} concepts")
+        self.tables["train"] = table.take(kept)
 
     def column(self, table, role):
         """A role's values; a role may join columns, like "context + question"."""

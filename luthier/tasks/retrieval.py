@@ -28,7 +28,7 @@ class Retrieval(ImageClassification):
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
-        self.encoders, self.memory = (None, None), (None, {})
+        self.encoders, self.memory = (None, None), {}
 
     def strata(self, table):
         return [0] * len(table)
@@ -116,39 +116,29 @@ class Retrieval(ImageClassification):
 
         base, before = base_of(model), self.encoders
         if hasattr(base, "hear"):
-            self.encoders = tuple(base if base.still(part) else None for part in (base.vision, base.language))
-            which = (fingerprint(base.vision), fingerprint(base.language), repr(base.way), self.side,
-                     str(next(base.parameters()).device))
-            self.memory = self.memory if self.memory[0] == which else (which, {})
+            where = repr(base.way), self.side, str(next(base.parameters()).device)
+            self.encoders = tuple((base, self.memory.setdefault((fingerprint(part), *where), {})) if base.still(part) else None
+                                  for part in (base.vision, base.language))
         try:
             yield self
         finally:
             self.encoders = before
 
     def seen(self, examples):
+        base, memory = self.encoders[0]
+
         def see(new):
             x = ImageClassification.collate(self, new)["pixel_values"]
-            return self.encoders[0].see(x.to(next(self.encoders[0].parameters()).device))[:, 0]
-        return self.once([("image", e["split"], e["key"]) for e in examples], examples, see)
+            return base.see(x.to(next(base.parameters()).device))[:, 0]
+        return _once(memory, [(e["split"], e["key"]) for e in examples], examples, see)
 
     def heard(self, rows):
-        def hear(new):
-            states = self.encoders[1].hear(**{k: v.to(next(self.encoders[1].parameters()).device)
-                                              for k, v in self.padded(new).items()})
-            return [s[:len(ids)] if s.dim() == 2 else s for s, ids in zip(states, new, strict=True)]
-        return self.once([("text", *ids) for ids in rows], rows, hear)
+        base, memory = self.encoders[1]
 
-    def once(self, keys, items, make):
-        """make([...]) of those items whose keys are not in memory yet; -> one a key."""
-        memory = self.memory[1]
-        new = {key: item for key, item in zip(keys, items, strict=True) if key not in memory}
-        if new:
-            with torch.no_grad():
-                fresh = dict(zip(new, make(list(new.values())), strict=True))
-            if sum(x.nbytes for x in fresh.values()) / len(fresh) * (len(memory) + len(fresh)) > KEPT:
-                return [fresh[key] if key in fresh else memory[key] for key in keys]
-            memory.update(fresh)
-        return [memory[key] for key in keys]
+        def hear(new):
+            states = base.hear(**{k: v.to(next(base.parameters()).device) for k, v in self.padded(new).items()})
+            return [s[:len(ids)] if s.dim() == 2 else s for s, ids in zip(states, new, strict=True)]
+        return _once(memory, [tuple(ids) for ids in rows], rows, hear)
 
     def build(self, seed=0, dtype=None):
         return loaded(self, seed, dtype)
@@ -210,6 +200,18 @@ class Retrieval(ImageClassification):
 
     def state(self):
         return {}
+
+
+def _once(memory, keys, items, make):
+    """make([...]) of those items whose keys are not in memory yet; -> one a key."""
+    new = {key: item for key, item in zip(keys, items, strict=True) if key not in memory}
+    if new:
+        with torch.no_grad():
+            fresh = dict(zip(new, make(list(new.values())), strict=True))
+        if next(iter(fresh.values())).nbytes * (len(memory) + len(fresh)) > KEPT:
+            return [memory[key] if key in memory else fresh[key] for key in keys]
+        memory.update(fresh)
+    return [memory[key] for key in keys]
 
 
 class _Pairs:
