@@ -81,9 +81,9 @@ SEEDS = arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or wh
 JOBS = arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)")
 TASK = (
     arg("--task", metavar="KIND", help="when the guess is wrong: text-classification, token-classification, "
-                                       "image-classification, image-to-text, causal-lm, instruction, regression"),
+                                       "image-classification, image-to-text, audio-to-text, causal-lm, instruction, regression"),
     arg("--columns", type=pairs, metavar="ROLE=COLUMN,...", help="when the guess is wrong: roles text, text_pair, label, target, "
-                                                                 "tokens, tags, image, prompt, response, task"),
+                                                                 "tokens, tags, image, audio, prompt, response, task"),
     arg("--metric", metavar="NAME", help="the primary metric, when the task has several"),
     arg("--limit", type=whole(2), metavar="N", help="at most N rows a split"),
     arg("--max-length", type=whole(2), metavar="N", help="tokens a row"),
@@ -240,7 +240,7 @@ def _tune(a, model, chain):
         print(f"Saved in {a.out}. Next: luthier predict {folder} INPUT, or luthier merge {folder} --out MODEL_DIR")
 
 
-@command(arg("vision", metavar="VISION", help="the model that looks: a zoo name, a local folder, a hub id, or timm:NAME"),
+@command(arg("vision", metavar="VISION", help="the model that looks or listens: a zoo name, a local folder, a hub id, or timm:NAME"),
          arg("language", metavar="LANGUAGE", help="the model that writes"),
          arg("--with", dest="way", metavar="WAY", help="the bridge between them (default: one linear map)"),
          arg("--data", required=True, metavar="PAIRS", help="rows of an image or several, a prompt if any, and a response: "
@@ -254,11 +254,12 @@ def bridge(a):
     luthier bridge dinov2-s smollm2-135m --with "limber()" --data pairs.jsonl --out captioner
     luthier predict captioner image.png "how many red circles?"
     luthier bridge dinov2-s minilm --with "sail()" --data pairs.jsonl --out dual
+    luthier bridge whisper-tiny smollm2-135m --with "apt()" --data clips.jsonl --out listener
     """
     from .bridges import parse
 
-    if parse(a.way).makes == "vision-language":
-        a.task = a.task or "image-text-retrieval"
+    tasks = {"vision-language": "image-text-retrieval", "audio-text": "audio-to-text"}
+    a.task = a.task or tasks.get(parse(a.way).makes)
     _tune(a, f"{a.vision}+{a.language}" + f":{a.way}" * bool(a.way), a.chain)
 
 

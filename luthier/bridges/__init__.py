@@ -1,4 +1,5 @@
-"""Bridges between a vision model and a language model: one small file a published way.
+"""Bridges between a vision model (or an audio encoder) and a language model: one small file a published way. Ways that make a dual
+encoder of two encoders, such as sail, are told in dual.py.
 
     model = luthier.bridge("dinov2-s", "smollm2-135m", "limber()")      # in text: dinov2-s+smollm2-135m:limber()
     tuned = luthier.attach(model, 'full(at="connector") >> lora(at="text.attn.q text.attn.v")')
@@ -8,7 +9,8 @@ tokens are masked wherever `within` does not show them. Its verbs:
 
     states(seen)                  which vision states, Seen -> (N, ...) for N images: what may be computed once and kept
     connector(fit)                the nn.Module that trains, for the widths that `fit` names
-    prompt(connector, states)     (N, ...) -> (N, T, D) tokens in front of the text
+    prompt(connector, states)     (N, ...) -> (N, T, D) tokens in front of the text; where `heeds` is True it is given the
+                                  instruction, too: its words' embeddings (N, L, D) and their mask (N, L)
     within(run)                   a context in which the language model runs with images: its blocks may be hooked; see way.Run
     loss(model, front, labels, words)        a training term beside the text's own loss: front are the prompts of every row,
                                   (B, N T, D), labels its learned tokens (IGNORE elsewhere), words how often each stands in the

@@ -104,4 +104,4 @@ class Dual(Pair):
     def example(self, rows=1, tokens=128):
         like = next(self.language.parameters())
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=like.device)
-        return dict(input_ids=ids, pixel_values=like.new_zeros(rows, 3, self.side, self.side))
+        return dict(input_ids=ids, pixel_values=self.blank(rows))

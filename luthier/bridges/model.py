@@ -1,5 +1,5 @@
-"""Two models made one: a vision model looks, a connector maps what it saw, a language model writes (Bridged) or reads (Dual, in
-dual.py). Nothing of the two is written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of
+"""Two models made one: a vision model looks (or an audio encoder listens), a connector maps what it saw, a language model writes
+(Bridged) or reads (Dual, in dual.py). Nothing of the two is written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of
 bridges."""
 
 import inspect
@@ -34,8 +34,10 @@ def bridge(vision, language, with_=DEFAULT, *, seed=0, dtype=None):
 
 
 def _eyes(model):
-    """The part of a model that looks."""
+    """The part of a model that looks or listens."""
     base = getattr(model, "base_model", model)
+    if getattr(getattr(base, "config", None), "num_mel_bins", None) and hasattr(base, "get_encoder"):
+        return base.get_encoder()
     return next((m for n, m in base.named_modules() if n.rpartition(".")[2] in EYES), base)
 
 
@@ -55,7 +57,7 @@ class Pair(nn.Module):
         self.side = side or _side(vision)
         try:
             with torch.no_grad():                           # one look says what there is to read
-                states = self.see(next(vision.parameters()).new_zeros(1, 3, self.side, self.side))[0, 0]
+                states = self.see(self.blank())[0, 0]
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise DoesNotFit(f"{type(vision).__name__} does not look at images ({str(error)[:200]}). Bridge from a vision "
                              "model such as dinov2-s.") from error
@@ -100,9 +102,16 @@ class Pair(nn.Module):
         return hasattr(self.way, "loss")
 
     # -- looking ----------------------------------------------------------------------------------------------------
+    def blank(self, rows=1):
+        """What eyes that see nothing are given: images; of ears, log-mel spectra (rows, bins, frames)."""
+        like, config = next(self.vision.parameters()), getattr(self.vision, "config", None)
+        bins = getattr(config, "num_mel_bins", None)
+        return like.new_zeros(rows, bins, 2 * config.max_source_positions) if bins else like.new_zeros(rows, 3, self.side, self.side)
+
     def see(self, pixel_values):
         """What the connector reads of images, (B, N, ...): may be computed once and given as image_states ever after."""
-        x = pixel_values if pixel_values.dim() > 4 else pixel_values[:, None]
+        one = 3 if getattr(getattr(self.vision, "config", None), "num_mel_bins", None) else 4
+        x = pixel_values if pixel_values.dim() > one else pixel_values[:, None]
         with together(x.shape[1]):
             states = self.way.states(self._look(x.flatten(0, 1).to(next(self.vision.parameters()).dtype)))
         return states.contiguous().unflatten(0, x.shape[:2])            # laid out as what was kept is: the same sums
@@ -155,8 +164,10 @@ class Pair(nn.Module):
 
 
 class Bridged(Pair):
-    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer.
-    Logits are those of the text alone; without images they are the language model's own, to the bit."""
+    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer; or
+    about sounds, input_features (B, F, T) or (B, N, F, T). Images stand in front of the text, or where image_places (B, N) says:
+    each before so many of its tokens. Logits are those of the text alone; without images they are the language model's own, to
+    the bit. asked (B,): how many tokens of a row are its instruction, for ways that heed it; else all, or all without a label."""
 
     main_input_name = "input_ids"
 
@@ -181,21 +192,33 @@ class Bridged(Pair):
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     # -- reading and writing ----------------------------------------------------------------------------------------
-    def _inputs(self, input_ids, attention_mask, image_states, image_mask):
-        """Embeddings of images and text, (B, N T + L, D), their mask, and the Run."""
+    def _inputs(self, input_ids, attention_mask, image_states, image_mask, places=None, asked=None):
+        """Embeddings of images and text, (B, N T + L, D), their mask, the Run, and where the text stands, (B, L)."""
         B, N = image_states.shape[:2]
         states = image_states.to(next(self.connector.parameters()).dtype)
         text = self.language.get_input_embeddings()(input_ids)
-        front = self.way.prompt(self.connector, states.flatten(0, 1)).unflatten(0, (B, N)).to(text.dtype)         # (B, N, T, D)
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        heeded = ()
+        if self.way.heeds:                                  # the instruction's embeddings and mask, for each image
+            asked = there if asked is None else there * asked
+            heeded = text.repeat_interleave(N, 0), asked.repeat_interleave(N, 0)
+        front = self.way.prompt(self.connector, states.flatten(0, 1), *heeded).unflatten(0, (B, N)).to(text.dtype)    # (B, N, T, D)
         shown = there.new_ones(B, N) if image_mask is None else image_mask.to(there)
-        places = shown[:, :, None] * (torch.arange(front.shape[2], device=there.device) >= self.way.hidden)
-        run = Run(self, states, shown, front.flatten(1, 2))
-        h, there = torch.cat([run.front, text], 1), torch.cat([places.flatten(1).to(there), there], 1)
+        seen = shown[:, :, None] * (torch.arange(front.shape[2], device=there.device) >= self.way.hidden)
+        run, at = Run(self, states, shown, front.flatten(1, 2)), None
+        if places is not None:
+            if hasattr(self.way, "within"):
+                raise DoesNotFit(f"{type(self.way).__name__} has its images in front of the text; image_places are for other ways.")
+            places = places + there.argmax(1, keepdim=True) - 0.5          # counted from a row's first token
+            text_at = torch.arange(text.shape[1], device=there.device).expand(B, -1)
+            at = torch.cat([places.repeat_interleave(front.shape[2], 1), text_at], 1).argsort(stable=True, dim=1)
+        h, there = torch.cat([run.front, text], 1), torch.cat([seen.flatten(1).to(there), there], 1)
+        if at is not None:
+            h, there, at = h.take_along_dim(at[:, :, None], 1), there.gather(1, at), at.argsort(1)[:, N * front.shape[2]:]
         if self.writes_apart and image_mask is not None:    # an encoder knows places by order alone: padding goes behind
             order = there.argsort(stable=True, dim=1, descending=True)
             h, there = h.take_along_dim(order[:, :, None], 1), there.gather(1, order)
-        return h, there, run
+        return h, there, run, at
 
     @contextmanager
     def _within(self, run):
@@ -216,34 +239,39 @@ class Bridged(Pair):
             handle.remove()
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, image_mask=None, image_states=None,
-                past_key_values=None, **more):
+                past_key_values=None, input_features=None, image_places=None, asked=None, **more):
+        pixel_values = input_features if pixel_values is None else pixel_values
         if image_states is None and pixel_values is not None:
             image_states = self.see(pixel_values)
         if past_key_values is not None:
             more["past_key_values"] = past_key_values
-        before, run = getattr(past_key_values, "_luthier_shown", (None, None))         # of a cache: its images' mask and Run
+        before, read, run = getattr(past_key_values, "_luthier_shown", (None,) * 3)    # of a cache: its mask, tokens of text, Run
         if image_states is None and before is None:
             more |= {} if labels is None else dict(labels=labels)
             return self.language(input_ids=input_ids, attention_mask=attention_mask, **more)
+        n, at = input_ids.shape[1], None
         if image_states is None:
-            inputs, there = input_ids, torch.cat([before, attention_mask], 1)
+            inputs, there = input_ids, torch.cat([before, attention_mask[:, read:]], 1)
             more |= dict(input_ids=inputs, attention_mask=there)
         else:
-            inputs, there, run = self._inputs(input_ids, attention_mask, image_states, image_mask)
+            if asked is not None:
+                asked = torch.arange(n, device=asked.device) < asked[:, None]
+            elif labels is not None and not self.writes_apart:
+                asked = labels == IGNORE
+            inputs, there, run, at = self._inputs(input_ids, attention_mask, image_states, image_mask, image_places, asked)
             more |= dict(inputs_embeds=inputs, attention_mask=there)
-        n = input_ids.shape[1]
         if self.writes_apart:
             more |= {} if labels is None else dict(labels=labels)
         elif "position_ids" in self.takes:                  # padding anywhere moves nothing
             more.setdefault("position_ids", (there.long().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1]:])
-        if "logits_to_keep" in self.takes and not self.writes_apart:
+        if "logits_to_keep" in self.takes and not self.writes_apart and at is None:
             more.setdefault("logits_to_keep", n)
         with self._within(run):
             out = self.language(**more)
         if not self.writes_apart:
-            out["logits"] = out["logits"][:, -n:]
+            out["logits"] = out["logits"][:, -n:] if at is None else out["logits"].take_along_dim(at[:, :, None], 1)
             if out.get("past_key_values") is not None and before is None:
-                out["past_key_values"]._luthier_shown = there[:, :-n], run
+                out["past_key_values"]._luthier_shown = there, n, run
             if labels is not None:
                 kept = labels[:, 1:] != IGNORE              # only these rows meet the softmax
                 out["loss"] = F.cross_entropy(out["logits"][:, :-1][kept].float(), labels[:, 1:][kept])
@@ -263,13 +291,15 @@ class Bridged(Pair):
 
         return write(self, folder, save_file)
 
-    def generate(self, input_ids=None, attention_mask=None, pixel_values=None, image_mask=None, image_states=None, **more):
+    def generate(self, input_ids=None, attention_mask=None, pixel_values=None, image_mask=None, image_states=None,
+                 input_features=None, image_places=None, **more):
         """As the language model generates; of a decoder, prompt and continuation."""
+        pixel_values = input_features if pixel_values is None else pixel_values
         if image_states is None and pixel_values is not None:
             image_states = self.see(pixel_values)
         if image_states is None:
             return self.language.generate(input_ids, attention_mask=attention_mask, **more)
-        inputs, there, run = self._inputs(input_ids, attention_mask, image_states, image_mask)
+        inputs, there, run, _ = self._inputs(input_ids, attention_mask, image_states, image_mask, image_places)
         with self._within(run):
             out = self.language.generate(inputs_embeds=inputs, attention_mask=there, **more)
         if self.writes_apart or not torch.is_tensor(out):
@@ -284,7 +314,7 @@ class Bridged(Pair):
         like = next(self.language.parameters())
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=like.device)
         more = dict(decoder_input_ids=ids) if self.writes_apart else {}
-        return dict(input_ids=ids, pixel_values=like.new_zeros(rows, 3, self.side, self.side)) | more
+        return dict(input_ids=ids, pixel_values=self.blank(rows).to(like.dtype)) | more
 
 
 def _tokens(x, d):

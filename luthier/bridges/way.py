@@ -12,15 +12,18 @@ DEFAULT = "limber()"
 
 
 class Way(Declared):
-    makes = "image-text"                # a model that writes about images; "vision-language": a dual encoder, as TwoHeads
-    sees = ("vision", "vision-language", "other")                   # the kinds of models that may look,
+    makes = "image-text"                # a model that writes about images; "audio-text": about sounds; "vision-language": a dual
+                                        # encoder, as TwoHeads
+    sees = ("vision", "vision-language", "other")                   # the kinds of models that may look (or listen),
     language = ("text-decoder", "text-pair", "other")               # and that may write
     layers = False                      # whether states() reads the states of every layer
     embedded = False                    # whether it reads what enters the first block, and the vision model stops there
     hidden = 0                          # of each image's prompt tokens: so many are masked
 
-    def prompt(self, connector, states):
-        return connector(states)
+    heeds = False                       # whether prompt() is given the instruction, too: embeddings (N, L, D) and mask (N, L)
+
+    def prompt(self, connector, states, *instruction):
+        return connector(states, *instruction)
 
 
 class TwoHeads(Way):

@@ -11,7 +11,7 @@ SYSTEM, METHODS, SEEDS, MINUTES = "C011", ("full",), (0, 1, 2), 8
 CLAIM = "Heads alone on kept features: zero-shot far above chance and above the linear probe, whose score ranks encoders"
 BASELINE = "the alignment probe: linear heads, trained alike at their own best rate"
 MODEL, DATA = "dinov2-s + minilm; five other pairs are ranked", "scenes:retrieval-extra: 600 train, 100 validation, 100 test pairs"
-STEPS, BATCH, RATES, SIZE = 200, 64, (3e-4, 1e-3, 3e-3), "dim=256"
+STEPS, BATCH, RATES, SIZE = 150, 64, (3e-4, 1e-3, 3e-3), "dim=256"
 GATED, LINEAR = f"sail({SIZE}, wide=2)", f"sail({SIZE}, gated=False)"
 CHANCE = 1 / 40
 

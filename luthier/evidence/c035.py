@@ -20,7 +20,7 @@ SYSTEM, METHODS, SEEDS, MINUTES = "C035", ("full",), (0, 1, 2), 8
 CLAIM = "Similarity before training ranks zero-shot accuracy; only projectors train; balanced pairs beat as many random ones"
 BASELINE = "as many pairs drawn at random from the same pool, at their own best learning rate"
 MODEL, DATA = "dinov2-s + minilm; six pairs are ranked", "scenes of one shape: a pool of 3000 pairs, skewed, of which 240 are kept"
-POOL, KEPT, STEPS, BATCH, RATES, WAY = 3000, 6, 200, 64, (3e-4, 1e-3, 3e-3), "projectors(dim=256)"
+POOL, KEPT, STEPS, BATCH, RATES, WAY = 3000, 6, 150, 64, (3e-4, 1e-3, 3e-3), "projectors(dim=256)"
 NAMES = [(c, s) for c in scenes.COLOURS for s in scenes.SHAPES]
 
 

@@ -9,6 +9,7 @@
 
 from ..errors import BadData
 from . import roles as _roles
+from .audio import AudioToText
 from .base import Task
 from .classify import Regression, TextClassification, TokenClassification
 from .headed import Headed
@@ -23,7 +24,7 @@ from .source import find, known
 __all__ = ["KINDS", "Headed", "Task", "known", "open", "restore"]
 
 KINDS = {c.kind: c for c in (TextClassification, TokenClassification, ImageClassification, ClassNames, Retrieval, CausalLM,
-                             Instruction, Regression, ImageToText, TextSegmentation)}
+                             Instruction, Regression, ImageToText, AudioToText, TextSegmentation)}
 
 
 def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric=None, tokenizer=None, **options):
@@ -32,9 +33,9 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
 
     model    what it is for: a zoo name, folder, hub id, timm:NAME, or a module (then give `tokenizer` for text)
     task     its kind, when the guess is wrong: text-classification, token-classification, image-classification, causal-lm,
-             instruction, regression, image-to-text, and for dual encoders such as CLIP class-names and image-text-retrieval,
-             for CLIPSeg text-segmentation
-    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, prompt, response, task, caption,
+             instruction, regression, image-to-text, audio-to-text, and for dual encoders such as CLIP class-names and
+             image-text-retrieval, for CLIPSeg text-segmentation
+    columns  {role: column}, roles text, text_pair, label, target, tokens, tags, image, audio, prompt, response, task, caption,
              attribute, object, domain, phrase, mask; "a + b" joins columns
     limit    at most this many rows (blocks for causal-lm) a split, or {split: number}; drawn with `seed`, classes in proportion
     seed     of every split and sample that the data does not fix itself

@@ -65,6 +65,7 @@ class ImageToText(Language):
     higher = True
     longest = 128
     asks = "prompt"                                  # the role of what is asked of an image
+    what, one, form = "image", "an image", "a path to a PNG or JPEG, its bytes, or an array (H, W, 3)"
 
     def __init__(self, model=None, *, metric=None, **more):
         super().__init__(model, metric=metric, **more)
@@ -124,14 +125,14 @@ class ImageToText(Language):
         for i, (shown, answers) in enumerate(zip(self.shown(table, album), self.answers(table), strict=True)):
             if not shown or not answers:
                 bad[i] = f"the response (column {self.roles['response']!r}) is empty or no text" if shown else \
-                    f"no image is named (column {self.roles['image']!r})"
+                    f"no {self.what} is named (column {self.roles['image']!r})"
                 continue
             try:
                 for k in shown:
                     album.look(k, told)
             except Exception as error:               # Pillow raises whatever its decoders do
-                bad[i] = f"the image cannot be read ({str(error)[:160] or type(error).__name__})"
-        self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
+                bad[i] = f"the {self.what} cannot be read ({str(error)[:160] or type(error).__name__})"
+        self.notes += [f"{n:,} {self.what}s are {what}" for what, n in told.items()]
         if len(bad) > UNREADABLE * len(table):
             i, why = next(iter(bad.items()))
             raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
@@ -144,7 +145,10 @@ class ImageToText(Language):
 
     @property
     def album(self):
-        return self.albums.setdefault(self.side, Album(self.side))
+        return self.albums.setdefault(self.side, self.new_album())
+
+    def new_album(self):
+        return Album(self.side)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
     @property
@@ -365,16 +369,16 @@ class ImageToText(Language):
     def predict(self, model, inputs, batch_size=8):
         """[{"text": answer}] of images, (image, prompt) pairs, or dicts with the roles or columns as keys; a list is one row's
         images."""
-        table, album = self.rows(inputs), Album(self.side)
+        table, album = self.rows(inputs), self.new_album()
         for i, shown in enumerate(self.shown(table, album)):
             try:
                 if not shown:
-                    raise ValueError("no image is named")
+                    raise ValueError(f"no {self.what} is named")
                 for k in shown:
                     album.look(k)
             except Exception as error:
-                raise BadData(f"Input {i} ({str(self.column(table, 'image')[i])[:80]}) is not an image that can be read: "
-                              f"{str(error)[:160]} Give a path to a PNG or JPEG, its bytes, or an array (H, W, 3).") from error
+                raise BadData(f"Input {i} ({str(self.column(table, 'image')[i])[:80]}) is not {self.one} that can be read: "
+                              f"{str(error)[:160]} Give {self.form}.") from error
         return [{"text": text} for text in self.said(model, self.encode(table, album), batch_size)]
 
     def rows(self, inputs):

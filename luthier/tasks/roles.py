@@ -11,6 +11,7 @@ KINDS = {            # task kind -> (roles it needs, roles it may have)
     "text-segmentation": (("mask", "image", "phrase"), ()),
     "image-classification": (("image", "label"), ()),
     "image-to-text": (("image", "response"), ("prompt", "task")),
+    "audio-to-text": (("audio", "response"), ("prompt",)),
     "class-names": (("image",), ("label", "attribute", "object", "domain")),
     "image-text-retrieval": (("image", "caption"), ("extra",)),
     "token-classification": (("tokens", "tags"), ()),
@@ -23,6 +24,7 @@ NAMES = {            # role -> column names that mean it, likeliest first
     "image": "image images img image_path image_paths frames file_name filename file path",
     "mask": "mask masks mask_path mask_name segmentation",
     "phrase": "phrase prompt expression text sentence caption label class query question",
+    "audio": "audio sound clip clips wav audio_path file_name file path",
     "task": "task kind",
     "tokens": "tokens words",
     "tags": "tags ner_tags pos_tags upos labels label",
@@ -74,6 +76,12 @@ def is_image(values):
     return bool(values) and all(isinstance(v, (bytes, dict)) or hasattr(v, "shape") or hasattr(v, "convert") for v in values) or (
         is_text(values) and all(str(v).lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
                                 for v in values))
+
+
+def is_audio(values):
+    values = [x for v in values for x in (v if isinstance(v, list | tuple) else [v]) if x is not None]
+    return bool(values) and all(callable(v) or isinstance(v, bytes) or getattr(v, "ndim", 0) == 1 or
+                                isinstance(v, str) and v.lower().endswith(".wav") for v in values)
 
 
 def is_class(values):
@@ -128,7 +136,7 @@ def parts(name):
 def _candidates(given):
     """(kind, whether its label or target must be known by name), in the order in which they are tried; roles that were given
     leave only the kinds that use them."""
-    order = (("token-classification", False), ("text-segmentation", True), ("image-to-text", True),
+    order = (("token-classification", False), ("text-segmentation", True), ("image-to-text", True), ("audio-to-text", True),
              ("image-classification", False), ("instruction", False),
              ("text-classification", True), ("regression", True), ("text-classification", False), ("regression", False),
              ("causal-lm", False))
@@ -155,7 +163,7 @@ def _fill(kind, columns, given, forced, by_name):
 def _pick(role, columns, forced, by_name, said=False):
     """The column that plays a role: by its name, or else by its content where that can tell."""
     fits = {
-        "image": is_image, "mask": is_image, "phrase": is_text, "tokens": is_list, "tags": is_list,
+        "image": is_image, "mask": is_image, "phrase": is_text, "audio": is_audio, "tokens": is_list, "tags": is_list,
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
         "text": is_text, "text_pair": is_text, "prompt": is_text, "task": is_class,
@@ -172,7 +180,7 @@ def _pick(role, columns, forced, by_name, said=False):
         return named[0]
     if by_name and role in ("label", "target"):
         return None
-    if role in ("image", "tokens", "tags", "label", "target", "text", "caption"):
+    if role in ("image", "audio", "tokens", "tags", "label", "target", "text", "caption"):
         able = [c for c, v in columns.items() if fits(v) and not (role == "target" and _ID.search(c))]
         if role == "text":                                           # the longest text, not a code
             return max((c for c in able if forced or not is_class(columns[c]) and not mostly_numbers(columns[c])), default=None,

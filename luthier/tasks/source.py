@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..errors import BadData, UnknownName, named, nearest
-from . import arrays, pictures
+from . import arrays, audio, pictures
 from .read import MOST_ROWS, SUFFIXES, Data, Table, suffix, table
 from .roles import NAMES
 
@@ -38,7 +38,7 @@ def find(source, seed=0):
         return _folder(path, seed)
     if path.is_file():
         return arrays.npz(path) if suffix(path) == ".npz" else _beside(path, seed)
-    built_in = arrays.BUILT_IN | pictures.BUILT_IN
+    built_in = arrays.BUILT_IN | pictures.BUILT_IN | audio.BUILT_IN
     if (name := source if source in built_in else source.replace("scenes-", "scenes:", 1)) in built_in:
         return built_in[name](seed)
     if (found := _named(source, seed)) is not None:
@@ -59,7 +59,7 @@ def find(source, seed=0):
 
 def known():
     """Built-in names and those that $LUTHIER_DATA offers."""
-    return [*arrays.BUILT_IN, *pictures.BUILT_IN] + sorted(_shelf())
+    return [*arrays.BUILT_IN, *pictures.BUILT_IN, *audio.BUILT_IN] + sorted(_shelf())
 
 
 def _shelf():

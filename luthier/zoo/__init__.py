@@ -36,10 +36,10 @@ BRIDGE = "bridge.json"          # what a folder with a bridged model holds
 class Origin:
     ref: str                   # what load() was given: load(ref) gives the same model again
     kind: str                  # "text-encoder" | "text-decoder" | "text-pair" (encoder-decoder) | "vision" | "vision-language" |
-                               # "image-text" (reads images and text, writes text) | "audio" | "other"
+                               # "image-text" (reads images and text, writes text) | "audio-text" | "audio" | "other"
     licence: str = "unknown"
     folder: str = ""           # where the tokenizer lies, if there is one
-    image: dict = field(default_factory=dict)        # mean, std, sizes
+    image: dict = field(default_factory=dict)        # mean, std, sizes; of spectra bins and frames
     pool: str = ""
     longest: int = 10**9       # positions that the model has
     unused: tuple = ()         # keys of the file that the model has no place for
@@ -174,12 +174,13 @@ def _pair(ref):
 
 def paired(vision, language, way):
     """The Origin of two bridged models."""
-    reads = way.makes == "vision-language"
-    for part, kinds, cannot in ((vision, way.sees, "sees no images"),
+    reads, hears = way.makes == "vision-language", "audio" in way.sees
+    for part, kinds, cannot in ((vision, way.sees, "hears no sounds" if hears else "sees no images"),
                                 (language, way.language, "reads no text" if reads else "writes no text")):
         if part.kind not in kinds:
-            raise DoesNotFit(f"{part.ref} is a model of kind {part.kind}: it {cannot}. Bridge from a vision model like dinov2-s "
-                             f"to a language model like {'minilm' if reads else 'smollm2-135m'}.")
+            raise DoesNotFit(f"{part.ref} is a model of kind {part.kind}: with {way!r} it {cannot}. Bridge from "
+                             f"{'an audio encoder like whisper-tiny' if hears else 'a vision model like dinov2-s'} to a language "
+                             f"model like {'minilm' if reads else 'smollm2-135m'}.")
     licence = " + ".join(dict.fromkeys((vision.licence, language.licence)))
     return Origin(f"{vision.ref}+{language.ref}:{way!r}", way.makes, licence, language.folder, vision.image,
                   longest=language.longest, parts=(vision, language))
@@ -365,6 +366,8 @@ def _describe(config, ref, folder):
     if kind.startswith("vision"):
         size = size[0] if isinstance(size, (tuple, list)) else size or 224
         image = _image(folder) | dict(sizes=(size,))
+    elif kind == "audio" and get("num_mel_bins", None):
+        image = dict(bins=config.num_mel_bins, frames=2 * config.max_source_positions)
     facts = config.to_dict()
     longest = min(_longest(facts), _longest(facts.get("text_config") or {}))
     return Origin(ref, kind, _licence(folder), folder, image, longest=longest)
