@@ -25,11 +25,15 @@ class Task:
             raise BadData(f"There is no pool {options['pool']!r}. {nearest(options['pool'], POOLS)} Pools: {', '.join(POOLS)}.")
         self._tokenizer, self.options, self.tables, self._encoded = tokenizer, options, {}, {}
         self.origin = zoo.about(model) if model is not None else None
-        if self.origin and self.origin.kind not in (*self.reads, "other"):
+        if self.origin and not self.can_read():
             fit = [e["name"] for e in zoo.entries() if e["kind"] in self.reads]
             raise BadData(f"{source or 'This data'} is a task of {self.kind}, which {self.origin.ref} (a model of kind "
                           f"{self.origin.kind}) cannot do. Use another model, in the zoo {', '.join(fit)}, or set task= to "
                           "another kind.")
+
+    def can_read(self):
+        """Whether the model is of a kind that can do this task."""
+        return self.origin.kind in (*self.reads, "other")
 
     # data
 

@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import zoo
@@ -19,13 +20,15 @@ from ..attach import Tuned, base_of
 from ..errors import BadData, DoesNotFit, nearest
 from . import metrics
 from .base import to_device
+from .cider import cider
 from .classify import IGNORE
+from .hub import Hub, writes
 from .image import BUDGET, UNREADABLE, ImageClassification, decode, resize
 from .lm import Language
 from .read import Table
 from .split import order
 
-SCORES = {"accuracy": metrics.exact, "bleu": metrics.bleu, "acc_iou": metrics.acc_iou}
+SCORES = {"accuracy": metrics.exact, "bleu": metrics.bleu, "cider": cider, "acc_iou": metrics.acc_iou}
 ROW_KINDS = {"caption": "bleu", "vqa": "accuracy", "nlvr": "accuracy", "ground": "acc_iou", "clip": "accuracy",
              "direction": "accuracy", "order": "accuracy"}
 KEPT = 2 << 30                 # bytes of what frozen eyes saw
@@ -71,6 +74,16 @@ class ImageToText(Language):
         super().__init__(model, metric=metric, **more)
         self.asked, self.kinds, self.longest_answer, self.words = metric, (), 64, None
         self.eyes, self.memory, self.albums = None, (None, {}), {}
+        self.hub = Hub(model, self.origin) if self.origin and self.origin.kind not in (*self.reads, "other") else None
+
+    def can_read(self):
+        return super().can_read() or writes(self.model, self.origin) is not None
+
+    @property
+    def tokenizer(self):
+        if self.hub and self._tokenizer is None:
+            self._tokenizer = self.hub.tokenizer()
+        return super().tokenizer
 
     side, base, fitting_size = ImageClassification.side, ImageClassification.base, ImageClassification.fitting_size
 
@@ -128,6 +141,7 @@ class ImageToText(Language):
                     f"no {self.what} is named (column {self.roles['image']!r})"
                 continue
             try:
+                self.few(shown)
                 for k in shown:
                     album.look(k, told)
             except Exception as error:               # Pillow raises whatever its decoders do
@@ -143,6 +157,10 @@ class ImageToText(Language):
             table = table.take([i for i in range(len(table)) if i not in bad])
         return table
 
+    def few(self, shown):
+        if self.hub and self.hub.token is None and len(shown) > 1:
+            raise ValueError(f"the row has {len(shown)} images, and this model looks at one")
+
     @property
     def album(self):
         return self.albums.setdefault(self.side, self.new_album())
@@ -154,7 +172,17 @@ class ImageToText(Language):
     @property
     def apart(self):
         """Whether an encoder reads the prompt and a decoder writes the response."""
-        return bool(self.origin.parts) and self.origin.parts[-1].kind == "text-pair"
+        return self.hub.apart if self.hub else bool(self.origin.parts) and self.origin.parts[-1].kind == "text-pair"
+
+    @property
+    def alike(self):
+        """Whether prompts of one batch must be of one length: BLIP's decoder looks at padding, too (transformers 5)."""
+        return bool(self.hub) and self.hub.own and self.apart and self.hub.token is None
+
+    def end(self):
+        """The ids that end an answer."""
+        t = self.tokenizer
+        return [i for i in [t.sep_token_id if t.eos_token_id is None else t.eos_token_id] if i is not None]
 
     def ask(self, prompt):
         """Ids of what stands before the answer."""
@@ -164,15 +192,22 @@ class ImageToText(Language):
         return [start] + (self.ids(prompt.rstrip() + "\n") if prompt.strip() else [])
 
     def encode(self, table, album=None):
-        end, n, cut, rows = [i for i in [self.tokenizer.eos_token_id] if i is not None], self.max_length, 0, []
+        end, n, cut, rows = self.end(), self.max_length, 0, []
         album, nothing = album or self.album, [None] * len(table)
         prompts, kinds = (self.column(table, r) if r in self.roles else nothing for r in ("prompt", "task"))
         answers = self.answers(table) if self.roles["response"] in table.columns else [[""]] * len(table)
         for shown, prompt, kind, right in zip(self.shown(table, album), prompts, kinds, answers, strict=True):
-            ask, answer = self.ask("" if prompt is None else str(prompt)), self.ids(right[0]) + end
+            prompt, answer, row = "" if prompt is None else str(prompt), self.ids(right[0]) + end, {}
+            ask = self.ids(prompt) if self.hub else self.ask(prompt)
             cut += len(ask) + len(answer) > n
             answer = answer[:max(n // 2, n - len(ask))]
-            rows.append(dict(ask=ask[-(n - len(answer)):], answer=answer, answers=right, kind=kind, pictures=(album, shown)))
+            if self.hub:                                 # image tokens stand among the words: the words are what is cut
+                if len(ask) > n - len(answer):
+                    prompt = self.tokenizer.decode(ask[len(ask) + len(answer) - n:])
+                ask, row["text"] = self.hub.ask(prompt, [album.look(k) for k in shown], self.side, self.tokenizer)
+            else:
+                ask = ask[-(n - len(answer)):]
+            rows.append(row | dict(ask=ask, answer=answer, answers=right, kind=kind, pictures=(album, shown)))
         if cut:
             self.notes.append(f"{table.source}: {cut:,} of {len(rows):,} rows are longer than max_length={n} and were cut")
         return rows
@@ -181,27 +216,30 @@ class ImageToText(Language):
         return len(example["ask"]) + len(example["answer"])
 
     # -- batches: where rows are of several kinds, each is of one --------------------------------------------------------
-    def _of_kinds(self, examples):
-        kinds = [e["kind"] for e in examples]
-        return [[i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
+    def _of_kinds(self, examples, alike=False):
+        """The rows of each kind; alike: of each length of prompt, for models that are not to meet padding there."""
+        kinds, found = [(e["kind"], alike and len(e["ask"])) for e in examples], {}
+        for i, kind in enumerate(kinds):
+            found.setdefault(kind, []).append(i)
+        return list(found.values())
 
     def batches(self, split, size, seed=0, epoch=0, shuffle=None, start=0):
         examples, shuffle, plan = self.examples(split), split == "train" if shuffle is None else shuffle, []
-        for mine in self._of_kinds(examples):
+        for mine in self._of_kinds(examples, self.alike):
             cut = order(len(mine), size, seed, epoch, shuffle, lambda i, mine=mine: self.length(examples[mine[i]]))
             plan += [[mine[i] for i in part] for part in cut]
-        if shuffle and len(self.kinds) > 1:
+        if shuffle and (len(self.kinds) > 1 or self.alike):
             g = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             plan = [plan[i] for i in torch.randperm(len(plan), generator=g)]
         for part in plan[start:]:
             yield self.collate([examples[i] for i in part])
 
     def n_batches(self, split, size):
-        return sum(-(-len(mine) // size) for mine in self._of_kinds(self.examples(split)))
+        return sum(-(-len(mine) // size) for mine in self._of_kinds(self.examples(split), self.alike))
 
-    def plan(self, examples, batch_size):
+    def plan(self, examples, batch_size, alike=False):
         found = []
-        for mine in self._of_kinds(examples):
+        for mine in self._of_kinds(examples, alike or self.alike):
             mine = sorted(mine, key=lambda i: self.length(examples[i]))
             found += [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
         return found
@@ -214,13 +252,17 @@ class ImageToText(Language):
                      attention_mask=_padded([[1] * len(r) for r in rows], 0, left), **self.images(examples))
         batch.kind = examples[0]["kind"]
         if not asking:
-            batch["labels"] = _padded([e["answer"] if self.apart else [IGNORE] * len(e["ask"]) + e["answer"] for e in examples],
-                                      IGNORE)
+            labels = [e["answer"] if self.apart else [IGNORE] * len(e["ask"]) + e["answer"] for e in examples]
+            batch.update(self.hub.labelled(labels, self.pad_id()) if self.hub and self.apart else dict(labels=_padded(labels, IGNORE)))
+        if self.hub:
+            batch.update(self.hub.told(batch))
         return batch
 
     def images(self, examples):
         """pixel_values (B, 3, S, S) or (B, N, 3, S, S) with image_mask; or what frozen eyes saw of them, image_states."""
         rows = [[(album, k) for k in shown] for album, shown in (e["pictures"] for e in examples)]
+        if self.hub:
+            return self.hub.see(list(zip(rows, (e["text"] for e in examples), strict=True)), self.pixels)
         most, more = max(map(len, rows)), {}
         if any(len(row) < most for row in rows):
             more["image_mask"] = torch.tensor([[1] * len(row) + [0] * (most - len(row)) for row in rows])
@@ -268,10 +310,14 @@ class ImageToText(Language):
         if self.model is None:
             raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"dinov2-s+smollm2-135m\".")
         model = zoo.load(self.model, dtype)
-        words, rows = len(self.tokenizer), model.language.get_input_embeddings().num_embeddings
+        words, rows = len(self.tokenizer), (model if self.hub else model.language).get_input_embeddings().num_embeddings
         if words > rows:
             raise DoesNotFit(f"The tokenizer of {self.origin.ref} has {words:,} words, its model {rows:,} embeddings: they do "
                              "not belong together. Put the model's own tokenizer beside it.")
+        if self.hub:
+            table = self.rows(np.zeros((self.side, self.side, 3), np.uint8))
+            self.hub.fits(model, self.outputs_of, self.collate(self.encode(table, Album(self.side))))
+            return model
         return model.draw(seed)
 
     def loss(self, model, batch):
@@ -285,11 +331,16 @@ class ImageToText(Language):
         return self.nll_of(self.outputs_of(model, batch), batch)
 
     def nll_of(self, out, batch):
-        labels, logits = batch["labels"], out["logits"]
+        labels, logits = batch["labels"], out.get("logits")
+        if logits is None:                               # its own loss is all that it gives: the mean over the labels but the first
+            n = int((labels[:, 1:] != IGNORE).sum())
+            return out["loss"] * n, n
+        logits = logits if self.apart else logits[:, -labels.shape[1]:]
         return self.chosen(logits, labels) if self.apart else self.chosen(logits[:, :-1], labels[:, 1:])
 
     def logits(self, model, batch):
-        return self.outputs_of(model, batch)["logits"]
+        out = self.outputs_of(model, batch)
+        return out["logits"] if "logits" in out else out["loss"]
 
     def outputs_of(self, model, batch):
         self.tell(model, batch)
@@ -306,19 +357,26 @@ class ImageToText(Language):
         found, was = [None] * len(examples), model.training
         model.eval()
         try:
-            for part in self.plan(examples, batch_size):
+            for part in self.plan(examples, batch_size, alike=bool(self.hub) and self.hub.own):
                 batch = self.collate([examples[i] for i in part], asking=True)
                 if hasattr(model, "serve_rows"):     # a rack: each row has its own adapter
                     model.serve_rows(part)
                 self.tell(model, batch)
                 with torch.no_grad():
-                    out = model.generate(**to_device(batch, model), do_sample=False, max_new_tokens=self.longest_answer,
-                                         pad_token_id=self.pad_id(), eos_token_id=self.tokenizer.eos_token_id)
-                for i, ids in zip(part, out if self.apart else out[:, batch["input_ids"].shape[1]:], strict=True):
+                    out = self.written(model, to_device(batch, model))
+                for i, ids in zip(part, out, strict=True):
                     found[i] = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         finally:
             model.train(was)
         return found
+
+    def written(self, model, batch):
+        """The ids of what is written after the prompts."""
+        if self.hub:
+            return self.hub.generate(model, batch, self.longest_answer, self.pad_id(), *self.end())
+        out = model.generate(**batch, do_sample=False, max_new_tokens=self.longest_answer, pad_token_id=self.pad_id(),
+                             eos_token_id=self.tokenizer.eos_token_id)
+        return out if self.apart else out[:, batch["input_ids"].shape[1]:]
 
     def evaluate(self, model, split="test", batch_size=32):
         with self.seeing(model):
@@ -338,6 +396,9 @@ class ImageToText(Language):
             scores = {"average": sum(each.values()) / len(each)} | each
         if self.metric not in scores:
             scores[self.metric] = of(range(len(examples)), self.metric)
+        told = [i for i, e in enumerate(examples) if (e["kind"] or self.metric) in ("caption", "bleu")]
+        if told and "cider" not in scores:
+            scores["cider"] = of(told, "cider")          # of captions both are told
         return scores | {"loss": total / count, "n": len(examples)}
 
     def each(self):
@@ -374,6 +435,7 @@ class ImageToText(Language):
             try:
                 if not shown:
                     raise ValueError(f"no {self.what} is named")
+                self.few(shown)
                 for k in shown:
                     album.look(k)
             except Exception as error:

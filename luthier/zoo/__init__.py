@@ -213,6 +213,16 @@ def train(name, out, say=print, **settings):
     return importlib.import_module(f".recipes.{name.replace('-', '_')}", __name__).train(out, say, **settings)
 
 
+def architecture(ref):
+    """(the class that transformers would make of `ref`, or None where it knows none; the configuration)."""
+    import transformers
+
+    if isinstance(ref, nn.Module):
+        return type(ref), getattr(ref, "config", None)
+    config = _config(_folder(TABLE[ref]) if ref in TABLE else ref, ref)
+    return getattr(transformers, next(iter(config.architectures or ()), ""), None), config
+
+
 def processor(ref):
     """What turns raw input to the model's: a tokenizer, or for images a dict with mean, std and sizes."""
     origin = about(ref)
@@ -388,11 +398,12 @@ def _causal(config):
 
 
 def _image(folder):
-    try:
-        facts = json.loads((Path(folder) / "preprocessor_config.json").read_text("utf-8"))
-        return dict(mean=tuple(facts["image_mean"]), std=tuple(facts["image_std"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return dict(IMAGENET)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            facts = json.loads((Path(folder) / name).read_text("utf-8"))
+            facts = facts.get("image_processor", facts)
+            return dict(mean=tuple(facts["image_mean"]), std=tuple(facts["image_std"]))
+    return dict(IMAGENET)
 
 
 def _licence(folder):

@@ -1,0 +1,262 @@
+"""Vision-language models of the hub in their own forms: what a batch holds against their own processors and losses, learning, answers,
+and the whole path from the command line; CIDEr-D; predictions of every image task; what is done to bad rows."""
+
+import json
+import math
+
+import hubs
+import numpy as np
+import pytest
+import torch
+from folders import run
+from PIL import Image
+
+import luthier
+from luthier import tasks, zoo
+from luthier.compare.fit import ready
+from luthier.errors import BadData, DoesNotFit
+from luthier.tasks.cider import cider
+from luthier.train import train
+
+SAID = ("good", "bad", "fine", "awful")
+IGNORE = -100
+
+
+def picture(k):
+    """Red, green, blue, white."""
+    image = np.full((16, 16, 3), 20, np.uint8)
+    image[..., k if k < 3 else slice(None)] = 230
+    return image
+
+
+def pairs(folder, n=40, change=(), question="what is it"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(n):
+        Image.fromarray(picture(i % 4)).save(folder / f"{i}.png")
+        rows.append(dict(image=f"{i}.png", question=question, answer=SAID[i % 4]))
+    for i, columns in dict(change).items():
+        rows[i] = rows[i] | columns
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def folders_of(tmp_path_factory):
+    made, base = {}, tmp_path_factory.mktemp("hubs")
+
+    def get(name):
+        if name not in made:
+            made[name] = hubs.MODELS[name](base / name)
+        return made[name]
+    return get
+
+
+# -- forms ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hubs.MODELS)
+def test_a_batch_holds_what_its_own_processor_makes(tmp_path, folders_of, name):
+    """Ids of the prompt, pixels and whatever comes with them; prompt and image places are no labels."""
+    task = tasks.open(pairs(tmp_path), model=folders_of(name))
+    model, e = task.build(), task.examples("train")[0]
+    batch = task.collate([e])
+    labels, ids = batch["labels"][0], batch["input_ids"][0]
+    right = task.tokenizer(e["answers"][0], add_special_tokens=False)["input_ids"] + [hubs.END]
+    assert labels[labels != IGNORE].tolist() == right
+    if not task.apart:
+        assert ids[-2:].tolist() == right and (labels[:-2] == IGNORE).all()
+    if name != "llava_bare":
+        from transformers import AutoProcessor
+        made, album, (k,) = AutoProcessor.from_pretrained(folders_of(name)), *e["pictures"]
+        image = Image.fromarray(album.look(k).permute(1, 2, 0).numpy())
+        token = getattr(made, "image_token", None) if name in ("llava", "paligemma", "idefics3") else None
+        own = made(images=[[image]] if name == "idefics3" else image, text=(token or "") + "what is it\n", return_tensors="pt")
+        assert torch.equal(own["pixel_values"], batch["pixel_values"])
+        if name not in ("blip", "git"):                     # whose text has a start of its own, and no end before the answer
+            assert own["input_ids"][0].tolist() == ids[:len(e["ask"])].tolist()
+        else:
+            assert own["input_ids"][0][1:-1].tolist() == ids[1:len(e["ask"])].tolist() and ids[0] == hubs.START
+    if model.config.model_type != "blip" and task.hub.token is not None:
+        places = (ids == task.hub.token).sum()
+        features = model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
+        assert places == sum(x.shape[:-1].numel() for x in (features if isinstance(features, list | tuple) else [features])) > 0
+
+
+@pytest.mark.parametrize("name", hubs.MODELS)
+def test_the_loss_is_the_models_own_and_padding_changes_nothing(tmp_path, folders_of, name):
+    path = pairs(tmp_path, change={i: dict(question="was it not very good and fine") for i in range(0, 40, 2)})
+    task = tasks.open(path, model=folders_of(name))
+    model = task.build()
+    examples = sorted(task.examples("train")[:6], key=task.length)
+    batch = task.collate(examples[::5])
+    assert len({len(e["ask"]) for e in examples[::5]}) == 2
+    with torch.no_grad():
+        ours, own = task.loss(model, batch), model(**batch).loss
+        alone = [task.nll(model, task.collate([e])) for e in examples[::5]]
+    assert torch.allclose(ours, own, atol=1e-5)
+    if task.alike:                                          # its decoder looks at padding: there is none
+        batches = list(task.batches("train", 8))
+        assert len(batches) == task.n_batches("train", 8) and all((b["attention_mask"] == 1).all() for b in batches)
+        return
+    assert torch.allclose(ours, sum(a for a, _ in alone) / sum(n for _, n in alone), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", hubs.MODELS)
+def test_prompts_of_several_lengths_are_answered_as_each_alone(tmp_path, folders_of, name):
+    path = pairs(tmp_path, change={i: dict(question="was it not very good and fine") for i in range(0, 40, 2)})
+    task = tasks.open(path, model=folders_of(name))
+    model = task.build()
+    task.longest_answer = 4
+    examples = task.examples("train")[:5]
+    assert task.said(model, examples, 8) == [task.said(model, [e], 1)[0] for e in examples]
+
+
+@pytest.mark.parametrize("name", ["blip", "blip_vqa"])
+def test_blip_is_asked_as_its_own_processor_asks(tmp_path, folders_of, name):
+    from transformers import AutoProcessor
+    task = tasks.open(pairs(tmp_path), model=folders_of(name))
+    model, made, e = task.build(), AutoProcessor.from_pretrained(folders_of(name)), task.examples("test")[0]
+    own = made(images=Image.fromarray(e["pictures"][0].look(e["pictures"][1][0]).permute(1, 2, 0).numpy()), text="what is it",
+               return_tensors="pt")
+    ids = model.generate(**own, max_new_tokens=task.longest_answer, do_sample=False)[0]
+    if name == "blip":
+        ids = ids[own["input_ids"].shape[1] - 1:]
+    assert task.said(model, [e], 1) == [task.tokenizer.decode(ids, skip_special_tokens=True).strip()]
+
+
+@pytest.mark.parametrize("name", ["blip", "blip_vqa", "blip2", "blip2_t5", "llava", "git"])
+def test_it_learns_what_the_pictures_show(tmp_path, folders_of, name):
+    task = tasks.open(pairs(tmp_path, 80), model=folders_of(name))
+    tuned = ready(task, "full()", seed=0, batch_size=16)
+    train(tuned, task, epochs=30, batch_size=16, lr=5e-3, seed=0)
+    assert task.evaluate(tuned)["accuracy"] > 0.9
+    assert [s["text"] for s in task.predict(tuned, [(picture(k), "what is it") for k in range(4)])] == list(SAID)
+
+
+def test_a_chat_template_asks_and_several_images_have_their_places(tmp_path):
+    template = ("{% for m in messages %}a {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"
+                "{% endif %}{% endfor %} b{% endfor %}")
+    folder = hubs.llava(tmp_path / "llava", template=template)
+    path = pairs(tmp_path / "a", change={i: dict(image=[f"{i}.png", "3.png"]) for i in range(0, 40, 2)})
+    task = tasks.open(path, model=folder)
+    two = next(e for e in task.examples("train") if len(e["pictures"][1]) == 2)
+    one = next(e for e in task.examples("train") if len(e["pictures"][1]) == 1)
+    a, what, unknown = (task.tokenizer(w, add_special_tokens=False)["input_ids"] for w in ("a", "what is it", "b"))
+    assert one["ask"] == [*a, *[hubs.WORDS] * 4, *what, *unknown] and two["ask"] == [*a, *[hubs.WORDS] * 8, *what, *unknown]
+    batch = task.collate([one, two])
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    model = task.build()
+    assert torch.allclose(task.loss(model, batch), sum(task.nll(model, task.collate([e]))[0] for e in (one, two)) / 4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_bare", "paligemma", "idefics3"])
+def test_text_alone_is_the_language_models_own(tmp_path, folders_of, name):
+    task = tasks.open(pairs(tmp_path), model=folders_of(name))
+    model, e = task.build(), task.examples("train")[0]
+    ids = [i for i in e["ask"] if i != task.hub.token]
+    rows = [e | dict(ask=ids, pictures=(task.album, []), text=None), e | dict(ask=ids[:-1], pictures=(task.album, []), text=None)]
+    batch = task.collate(rows)
+    assert "pixel_values" not in batch and task.loss(model, batch).isfinite()
+    body = model.model.text_model if name == "idefics3" else model.model.language_model
+    ids = batch["input_ids"][:1]
+    assert torch.allclose(model(input_ids=ids).logits, model.lm_head(body(input_ids=ids).last_hidden_state), atol=1e-5)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, folders_of):
+    path = pairs(tmp_path / "a")
+    with pytest.raises(BadData, match="cannot do"):
+        tasks.open(path, model=hubs.folders.clip(tmp_path / "clip"))
+    with pytest.raises(BadData, match="row has 2 images, and this model looks at one"):
+        tasks.open(pairs(tmp_path / "b", change={i: dict(image=["0.png", "1.png"]) for i in range(5)}), model=folders_of("blip"))
+    made = hubs.llava(tmp_path / "llava")
+    facts = json.loads((tmp_path / "llava" / "processor_config.json").read_text())
+    (tmp_path / "llava" / "processor_config.json").write_text(json.dumps(facts | dict(patch_size=4)))
+    with pytest.raises(DoesNotFit, match="cannot run on what its processor makes"):
+        tasks.open(path, model=made).build()
+    (tmp_path / "llava" / "processor_config.json").write_text("{")
+    with pytest.raises(luthier.LuthierError, match="processor of .* cannot be read"):
+        tasks.open(path, model=made)
+
+
+def test_a_long_prompt_loses_words_and_no_image(tmp_path, folders_of):
+    path = pairs(tmp_path, change={0: dict(question="was " * 300), 1: dict(answer="good " * 300)})
+    for name in ("llava", "blip", "blip2_t5"):
+        task = tasks.open(path, model=folders_of(name), max_length=24)
+        rows = [e for s in ("train", "val", "test") for e in task.examples(s)]
+        assert any("were cut" in n for n in task.notes)
+        if name != "blip":
+            assert {sum(i == task.hub.token for i in e["ask"]) for e in rows} == {3 if name == "blip2_t5" else 4}
+        assert all(len([i for i in e["ask"] if i != task.hub.token]) + len(e["answer"]) <= 26 for e in rows)
+        assert task.loss(task.build(), task.collate(rows)).isfinite()
+
+
+# -- the whole path ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blip", "blip_vqa", "blip2", "blip2_t5", "llava"])
+def test_tune_then_predict(tmp_path, folders_of, name, capsys):
+    path, out = pairs(tmp_path / "a"), tmp_path / "out"
+    assert run(capsys, "tune", path, "--model", folders_of(name), "--with", "lora(rank=2)", "--out", out, "--epochs", "1", "--log",
+               "none")[0] == 0
+    code, said, _ = run(capsys, "predict", out, tmp_path / "a" / "0.png", "what is it", "--json")
+    assert code == 0 and list(json.loads(said)[0]) == ["text"]
+    task, tuned = luthier.tune.reopen(out)
+    again = tasks.open(path, model=folders_of(name))
+    fresh = luthier.attach(again.build(), "lora(rank=2)")
+    assert tuned.chain == fresh.chain and any(p.abs().sum() > 0 for n, p in tuned.trainable() if n.endswith("B"))
+    assert task.said(tuned, again.examples("test")[:4], 4) == again.said(luthier.load(again.build(), out), again.examples("test")[:4], 4)
+    merged = tmp_path / "merged"
+    assert run(capsys, "merge", out, "--out", merged)[0] == 0
+    plain, batch = zoo.load(str(merged)), again.collate(again.examples("test")[:2])
+    assert torch.allclose(again.loss(plain, batch), again.loss(tuned, batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blip_vqa", "llava"])
+def test_a_row_of_compare(tmp_path, folders_of, name, capsys):
+    code, said, told = run(capsys, "compare", pairs(tmp_path / "a"), "--model", folders_of(name), "--methods", "lora(rank=2)", "--seeds",
+                           "1", "--epochs", "1", "--out", tmp_path / "cmp", "--json")
+    assert code == 0, told
+    rows = json.loads(said)
+    assert any("lora" in json.dumps(r) for r in rows) and not any("error" in r and r["error"] for r in rows), said
+
+
+# -- CIDEr-D ----------------------------------------------------------------------------------------------------------------
+
+
+def test_cider_by_hand():
+    """Two images. `a` and `c` stand with one of them each, `b` with both: log 2, log 2, 0; of bigrams and so on each with one."""
+    assert cider(["a b", "c b"], [["a b"], ["c b"]]) == pytest.approx(10 * (1 + 1) / 4)      # n = 1 and 2 agree; there are no 3, 4
+    # "a" against "a b": one word against two, e^(-1/72); unigrams (log 2) · (log 2, 0), clipped the same; no bigram in common
+    assert cider(["a", "c b"], [["a b"], ["c b"]]) == pytest.approx(10 * (math.exp(-1 / 72) / 4 + 2 / 4) / 2)
+    # said twice: (2 log 2, 0) is clipped to log 2, over 2 log 2 · log 2; lengths 2 and 2
+    assert cider(["a a", "c b"], [["a b"], ["c b"]]) == pytest.approx(10 * (1 / 2 / 4 + 2 / 4) / 2)
+    # two references: the mean; a word that no reference has weighs log 2 in the norm
+    x = (1 / math.sqrt(2) + 0) / 4
+    assert cider(["a z", "c b"], [["a", "q q q"], ["c b"]]) == pytest.approx(10 * (math.exp(-1 / 72) * x / 2 + 2 / 4) / 2)
+    assert cider(["A, b.", "c b"], [["a b"], ["c b"]]) == pytest.approx(5) and cider(["", "c b"], [["a b"], ["c b"]]) == pytest.approx(2.5)
+    assert cider(["a b"], [["a b"]]) == 0                    # one image tells nothing of how common a word is
+
+
+GOLDEN = [                                                   # by the authors' scorer (coco-caption's pyciderevalcap), words split as ours
+    ("a red circle left of a blue square", ["a red circle is left of a blue square", "there is a red circle"]),
+    ("two green triangles", ["two green triangles and a red cross", "two triangles", "green triangles two"]),
+    ("a red cross above a red cross", ["a red cross above a yellow cross"]),
+    ("nothing of the kind", ["a blue circle"]),
+    ("a blue circle a blue circle a blue circle", ["a blue circle"])]
+
+
+def test_cider_is_the_authors_to_the_digit():
+    said, right = map(list, zip(*GOLDEN, strict=True))
+    assert cider(said, right) == pytest.approx(2.8566377959658382, abs=1e-12)
+
+
+def test_captions_are_told_by_both(tmp_path, folders_of):
+    path = pairs(tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(dict(image=r["image"], caption=f"the film was {r['answer']}")) + "\n" for r in rows))
+    for metric in (None, "cider"):
+        task = tasks.open(path, model=folders_of("blip"), metric=metric)
+        assert task.metric == (metric or "bleu")
+        scores = task.evaluate(task.build())
+        assert next(iter(scores)) == task.metric and scores["cider"] >= 0 and ("bleu" in scores) == (metric is None)
