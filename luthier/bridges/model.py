@@ -4,6 +4,7 @@ bridges."""
 
 import inspect
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -233,10 +234,30 @@ class Bridged(Pair):
 
         handle = self.pen.module.register_forward_pre_hook(begin, with_kwargs=True)
         try:
-            with self.way.within(run):
+            with self._rerun(run), self.way.within(run):
+                run.inside = True
                 yield
         finally:
+            run.inside = False
             handle.remove()
+
+    @contextmanager
+    def _rerun(self, run):
+        """Blocks that the backward pass runs once more, as under gradient checkpointing, run then within the way, too."""
+        def again(fn, *args):
+            if run.inside:
+                return fn(*args)
+            with self.way.within(run):
+                return fn(*args)
+        key = "_gradient_checkpointing_func"
+        before = [(b, f) for b in self.pen.blocks if (f := b.__dict__.get(key)) is not None and self.training]
+        for block, f in before:
+            setattr(block, key, lambda fn, *args, f=f, **more: f(partial(again, fn), *args, **more))
+        try:
+            yield
+        finally:
+            for block, f in before:
+                setattr(block, key, f)
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, image_mask=None, image_states=None,
                 past_key_values=None, input_features=None, image_places=None, asked=None, **more):

@@ -64,6 +64,7 @@ class Run:
     shown: torch.Tensor                 # (B, N)
     front: torch.Tensor                 # (B, N T, D)
     filling: bool = True                # whether the running forward reads the images, not only what follows them in a cache
+    inside: bool = False                # whether the language model runs within the way now
 
     @property
     def offset(self):

@@ -88,7 +88,7 @@ class Runs:
         self.kind, self.n, self.met = kind, n, {}
 
     def weights(self, patch, args, kwargs):
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()), None)
         self._meet(patch, x)
         if patch.picky and patch.quick and not patch.worth(args, kwargs, self.n):
             with patch.whole():
