@@ -293,15 +293,22 @@ def rank(a):
          arg("--adapter", metavar="NAME", help="with --rack: of rows that name none"),
          arg("--memory", default="2GB", metavar="SIZE", help="with --rack: what states in use may take (default 2GB)"),
          arg("--out", default=".", metavar="FOLDER", help="of masks: where they are written as PNG (default: here)"),
+         arg("--names", type=several(str), metavar="NAME,NAME,...", help="of classes, for a dual encoder: DIR may then be one that "
+                                                                         "nobody tuned, such as tiny-clip"),
          IMPORT, JSON)
 def predict(a):
     """predict with a tuned model, or with many over one base
 
     luthier predict tuned "the film was good"
+    luthier predict captioner image.png "how many red circles?"
+    luthier predict tiny-clip pictures/ "a red circle"         ranks images for a text, and texts for an image
+    luthier predict tiny-clip pictures/ --names "red circle, blue square"
     luthier predict --rack customers rows.csv
+
+    An input that cannot be used fails alone; the others are answered, and the exit code is 2.
     """
     _include(a)
-    from .tune import inputs, reopen
+    from .tune import answers, inputs, opened
 
     errors = {}
     if a.rack:
@@ -311,9 +318,9 @@ def predict(a):
     elif not a.folder:
         raise LuthierError("Say which tuned model: luthier predict DIR INPUT, or luthier predict --rack DIR INPUT.")
     else:
-        task, tuned = reopen(a.folder)
+        task, tuned = opened(a.folder, a.names)
         given = inputs(task, a.input)
-        found = task.predict(tuned, given)
+        found, errors = answers(task, tuned, given)
         found = task.write(given, found, a.out) if hasattr(task, "write") else found
     _predictions(given, found, a.json)
     if errors:
@@ -327,9 +334,11 @@ def _predictions(given, found, as_json):
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     for x, y in zip(given, found, strict=True):
-        name = x if isinstance(x, str) else " | ".join(map(str, x.values()))
+        name = x if isinstance(x, str) else " | ".join(str(v) for v in x.values() if v is not None)
         name = name if len(name) <= 60 else name[:59] + "…"
-        shown = f"{y['label']}  {y['score']:.3f}" if "score" in y else "  ".join(str(v) for v in y.values())
+        ranked = [z for key in ("images", "texts") for z in y.get(key, ())]
+        shown = "".join(f"\n  {z['score']:.3f}  {z.get('image', z.get('text'))}" for z in ranked) if ranked else \
+            f"{y['label']}  {y['score']:.3f}" if "score" in y else "  ".join(str(v) for v in y.values())
         print(f"{name}\t{shown}" if len(given) > 1 else shown)
 
 

@@ -7,10 +7,11 @@
 """
 
 import json
+import os
 from pathlib import Path
 
 from . import save, zoo
-from .errors import BadState, DoesNotFit, RunStopped
+from .errors import BadData, BadState, DoesNotFit, LuthierError, RunStopped, nearest
 from .method import parse
 
 
@@ -37,7 +38,7 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     tuned = ready(task, chain, seed, batch_size)
     extra = {"task": task.spec(), "seed": seed}
     try:
-        history = train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume, every=every,
+        history = dict(steps=0) if not tuned.chain else train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume, every=every,
                         precision=precision, schedule=schedule, parallel=parallel, progress=progress, log=log)
     except RunStopped as stop:
         if tuned.k and ranks.rank() == 0:                  # tuned holds the last good state; keep it usable, if the disk lets us
@@ -54,13 +55,14 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     return scores
 
 
-def reopen(folder):
-    """The task of a folder that `tune` wrote, and its model with the tuned state attached."""
-    task, model = _base(folder)
+def reopen(folder, names=None):
+    """The task of a folder that `tune` wrote, and its model with the tuned state attached; names: of classes in the place of those
+    that it was tuned with."""
+    task, model = _base(folder, names)
     return task, save.load(model, folder).eval()
 
 
-def _base(folder):
+def _base(folder, names=None):
     """The task of a folder that `tune` wrote, and its model as it was before."""
     from . import tasks
 
@@ -69,60 +71,126 @@ def _base(folder):
         raise BadState(f"{folder} was saved from Python without its task, so nobody knows how to read an input. In Python, use "
                        "luthier.load(model, folder); or tune with `luthier tune`.")
     task = tasks.restore(recipe["extra"]["task"])
+    if names:
+        if not hasattr(task, "named"):
+            raise DoesNotFit(f"{folder} was tuned for {task.kind}, which knows no names of classes. Leave --names out.")
+        task.named(names)
     return task, task.build(seed=recipe["extra"].get("seed", 0))
+
+
+def opened(folder, names=None):
+    """What predict works with: `reopen` of a tuned folder, `bare` of a model that nobody tuned."""
+    from .zoo.table import TABLE
+
+    path = Path(folder)
+    tuned = (path / save.RECIPE).exists() or (path / save.NEXT).exists()
+    whole = folder in TABLE or (path / "config.json").exists() or bool(names) and not path.exists()
+    return reopen(folder, names) if tuned or not whole else bare(folder, names)
+
+
+def bare(model, names=None):
+    """The task and the model of what nobody tuned: by the names of classes a dual encoder classifies, else it ranks images and texts;
+    a model that writes about images answers."""
+    from . import tasks
+    from .tasks.dual import is_dual
+    from .tasks.hub import writes
+
+    origin, cls = zoo.about(model), zoo.architecture(model)[0]
+    if names:
+        task = tasks.KINDS["class-names"](model, roles={"image": "image", "label": "label"}).named(names)
+    elif writes(model, origin):
+        task = tasks.KINDS["image-to-text"](model, roles={"image": "image", "prompt": "prompt", "response": "response"})
+    elif cls is not None and is_dual(cls):
+        task = tasks.KINDS["image-text-retrieval"](model, roles={"image": "image", "caption": "caption"})
+    else:
+        raise BadState(f"{model} is a model as it came, of kind {origin.kind}, and has learned no task. Tune it first: luthier tune DATA "
+                       f"--model {model} --with \"lora()\" --out DIR")
+    return task, task.build().eval()
+
+
+def answers(task, model, given):
+    """What the model says of each input, and {number: error}: an input that cannot be used fails alone."""
+    errors = {}
+    if hasattr(task, "rank"):                              # inputs are told of each other
+        return task.rank(model, given, errors), errors
+
+    def run(part):
+        try:
+            return task.predict(model, [given[i] for i in part])
+        except LuthierError as error:
+            if len(given) == 1:
+                raise
+            if len(part) > 1:
+                return run(part[:len(part) // 2]) + run(part[len(part) // 2:])
+            errors[part[0]] = type(error)(str(error).replace("Input 0 ", f"Input {part[0]} ", 1))
+            return [{"error": str(errors[part[0]])}]
+    return run(range(len(given))), errors
 
 
 def inputs(task, sources):
     """What a user gives to predict: texts, image files, folders of images, files of rows (.txt: one a line), - for stdin. Where a
     task takes images and a text, every text is asked of every image."""
-    if not (asks := getattr(task, "asks", None)):
-        return [x for source in sources for x in _inputs(task, source)]
     from .tasks.read import SUFFIXES, suffix
     from .tasks.source import IMAGES
 
-    shown, asked = [], []
+    if "image" not in task.roles:
+        return [x for source in sources for x in _inputs(source)]
+    shown, asked, asks = [], [], getattr(task, "asks", None)
     for source in map(str, sources):
-        if Path(source).is_dir() or source.lower().endswith(IMAGES):
-            shown += _inputs(task, source)
-        elif suffix(source) in SUFFIXES and Path(source).is_file():
-            rows, base = _inputs(task, source), Path(source).parent
-            key = task.roles["image"]
-            for row in rows:                               # paths in a file are relative to it
-                paths = row.get(key)
-                row[key] = [str(base / p) for p in paths] if isinstance(paths, list) else str(base / str(paths))
-            shown += rows
+        if os.path.isdir(source):
+            found = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in IMAGES)
+            if not found:
+                raise DoesNotFit(f"The folder {source} holds no image ({' '.join(IMAGES)}).")
+            shown += found
+        elif source.lower().endswith(IMAGES):
+            shown.append(source)
+        elif suffix(source) in SUFFIXES and suffix(source) != ".txt" and os.path.isfile(source):
+            shown += _rows(task, source)
         else:
-            asked += _inputs(task, source)
+            (asked if asks else shown).extend(_inputs(source))
     if not shown:
-        raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the question: luthier predict DIR "
-                         "image.png \"how many?\"")
-    return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {}) for x in shown for q in asked or [""]]
+        raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the text: luthier predict DIR image.png "
+                         "\"how many?\"")
+    if task.kind == "image-text-retrieval":
+        rows = [x if isinstance(x, dict) else {"image": x} for x in shown] + [{"caption": q} for q in asked]
+        if not any(row.get("caption", row.get(task.roles["caption"])) for row in rows):
+            raise DoesNotFit("There are images, and no text to rank them by. Name one behind them: luthier predict DIR pictures/ \"a red "
+                             "circle\"")
+        return rows
+    return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {})
+            for x in shown for q in asked or [""]] if asks else shown
 
 
-def _inputs(task, source):
+def _rows(task, source):
+    """The rows of a file that names images: paths in it are relative to it."""
+    rows, base, key = _inputs(source), Path(source).parent, task.roles["image"]
+    if any(key not in row and "image" not in row for row in rows):
+        raise BadData(f"{source} has no column {key!r} (the image). {nearest(key, rows[0])} It has: {', '.join(map(str, rows[0]))}.")
+    for row in rows:
+        k = key if key in row else "image"
+        row[k] = [str(base / p) if isinstance(p, str) else p for p in row[k]] if isinstance(row[k], list) else (
+            str(base / row[k]) if isinstance(row[k], str) and row[k].strip() else row[k])
+    return rows
+
+
+def _inputs(source):
     import sys
 
-    from .tasks.source import IMAGES
-
-    image = task.kind == "image-classification" or hasattr(task, "asks") and str(source).lower().endswith(IMAGES)
     if source == "-":
         return [line for line in sys.stdin.read().splitlines() if line.strip()]
     path = Path(source)
     try:
-        folder, file = path.is_dir(), path.is_file()
+        file = path.is_file()
     except OSError:                                        # a text too long to be a name
-        folder = file = False
-    if folder and (task.kind.startswith("image") or hasattr(task, "asks")):
-        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES)
-        if not found:
-            raise DoesNotFit(f"The folder {path} holds no image ({' '.join(IMAGES)}).")
-        return found
-    if image or not file:
+        file = False
+    if not file:
         return [str(source)]
     if path.suffix == ".txt":
         return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    from .tasks.read import table
+    from .tasks.read import SUFFIXES, suffix, table
 
+    if suffix(path) not in SUFFIXES:
+        return [str(source)]
     rows = table(path, 0, [])
     return [dict(zip(rows.columns, row, strict=True)) for row in zip(*rows.columns.values(), strict=True)]
 

@@ -260,3 +260,105 @@ def test_captions_are_told_by_both(tmp_path, folders_of):
         assert task.metric == (metric or "bleu")
         scores = task.evaluate(task.build())
         assert next(iter(scores)) == task.metric and scores["cider"] >= 0 and ("bleu" in scores) == (metric is None)
+
+
+# -- predictions: one bad row ends nothing ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def album(tmp_path):
+    """A folder of pictures, and beside it two that cannot be read."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for k in range(3):
+        Image.fromarray(picture(k)).save(folder / f"{k}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"nothing")
+    return folder
+
+
+def test_of_many_inputs_those_that_can_are_answered(tmp_path, folders_of, album, capsys):
+    out = tmp_path / "out"
+    assert run(capsys, "tune", pairs(tmp_path / "a"), "--model", folders_of("llava"), "--with", "lora(rank=2)", "--out", out, "--epochs",
+               "1", "--log", "none")[0] == 0
+    code, said, told = run(capsys, "predict", out, album, tmp_path / "broken.jpg", tmp_path / "gone.png", "what is it", "--json")
+    found = json.loads(said)
+    assert code == 2 and [list(y) for y in found] == [["text"]] * 3 + [["error"]] * 2
+    told = " ".join(told.split())
+    assert "Row 3: Input 3" in told and "1 further rows failed" in told and "gone.png" in found[4]["error"]
+    rows = [dict(image="album/0.png", question="was it good"), dict(image=None), dict(image=["album/1.png"], question=None),
+            dict(question="is it"), dict(image="album/2.png", question=7)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, said, told = run(capsys, "predict", out, tmp_path / "rows.jsonl", "--json")
+    assert code == 2 and [next(iter(y)) for y in json.loads(said)] == ["text", "error", "text", "error", "text"], told
+    assert "no image is named" in told
+    (tmp_path / "other.jsonl").write_text(json.dumps(dict(picture="0.png")) + "\n")
+    code, _, told = run(capsys, "predict", out, tmp_path / "other.jsonl")
+    told = " ".join(told.split())
+    assert code == 2 and "has no column 'image'" in told and "It has: picture" in told
+
+
+def test_images_and_texts_are_ranked(tmp_path, album, capsys):
+    """Of a tuned dual encoder and of one as it came; scores are cosines, best first."""
+    clip = hubs.folders.clip(tmp_path / "clip")
+    code, said, told = run(capsys, "predict", clip, album, tmp_path / "broken.jpg", "the film", "a very good plot", "--json")
+    found = json.loads(said)
+    assert code == 2 and list(found[3]) == ["error"] and "Row 3" in told
+    assert [list(y) for y in found[:3]] == [["texts"]] * 3 and [list(y) for y in found[4:]] == [["images"]] * 2
+    task, model = luthier.tune.opened(clip)
+    images = [dict(image=torch.from_numpy(picture(k)).permute(2, 0, 1)) for k in range(3)]
+    x = {**super(type(task), task).collate(images), **task.words(["the film", "a very good plot"])}
+    with torch.no_grad():
+        out = model(**x)
+    near = out.image_embeds @ out.text_embeds.T
+    for k in range(3):
+        order = near[k].argsort(descending=True).tolist()
+        assert [y["text"] for y in found[k]["texts"]] == [["the film", "a very good plot"][i] for i in order]
+        assert [y["score"] for y in found[k]["texts"]] == pytest.approx(near[k][order].tolist(), abs=1e-5)
+    for k in range(2):
+        assert [y["image"] for y in found[4 + k]["images"]] == [str(album / f"{i}.png") for i in near[:, k].argsort(descending=True)]
+    rows = [dict(image=f"album/{k}.png", caption=f"a {SAID[k]} film") for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, said, _ = run(capsys, "predict", clip, tmp_path / "rows.jsonl", "--json")
+    assert code == 0 and [sorted(y) for y in json.loads(said)] == [["images", "texts"]] * 3
+    code, said, _ = run(capsys, "predict", clip, album, "the film")
+    assert code == 0 and "0.png" in said and "the film" in said
+    code, _, told = run(capsys, "predict", clip, album)
+    assert code == 2 and "no text to rank them by" in " ".join(told.split())
+    code, _, told = run(capsys, "predict", clip, "the film")
+    assert code == 2 and "No image is among" in " ".join(told.split())
+
+
+def test_class_names_of_folders_and_rows(tmp_path, album, capsys):
+    """Zero-shot by names, tuned, and tuned with other names than before."""
+    clip = hubs.folders.clip(tmp_path / "clip")
+    code, said, told = run(capsys, "predict", clip, album, tmp_path / "broken.jpg", "--names", "good film, bad plot", "--json")
+    found = json.loads(said)
+    assert code == 2 and [sorted(y) for y in found] == [["label", "score", "scores"]] * 3 + [["error"]] and "Row 3" in told
+    assert set(found[0]["scores"]) == {"good film", "bad plot"} and sum(found[0]["scores"].values()) == pytest.approx(1)
+    for names, why in (("good, good", "named twice"), ("good,", "has no name"), ("good, green", None), ("red, green", "are the same")):
+        code, _, told = run(capsys, "predict", clip, album, "--names", names)
+        assert code == (0 if why is None else 2) and (why or "") in " ".join(told.split())
+    for k in range(4):
+        for i in range(6):
+            (tmp_path / "d" / SAID[k]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(k)).save(tmp_path / "d" / SAID[k] / f"{i}.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(image=p)) + "\n" for p in ("album/0.png", "gone.png", "album/1.png")))
+    for chain in ("none", "coop(n=2)"):
+        out = tmp_path / chain[:4]
+        code, _, told = run(capsys, "tune", tmp_path / "d", "--model", clip, "--task", "class-names", "--with", chain, "--out", out,
+                            "--epochs", "1", "--log", "none")
+        assert code == 0, told
+        code, said, _ = run(capsys, "predict", out, album, "--json")
+        assert code == 0 and len(json.loads(said)) == 3 and set(json.loads(said)[0]["scores"]) == set(SAID)
+        code, said, told = run(capsys, "predict", out, tmp_path / "rows.jsonl", "--json")
+        assert code == 2 and ["error" in y for y in json.loads(said)] == [False, True, False]
+        code, said, told = run(capsys, "predict", out, album, "--names", "good film, awful film", "--json")
+        assert code == 0 and set(json.loads(said)[0]["scores"]) == {"good film", "awful film"}, told
+
+
+def test_a_model_as_it_came_answers_or_says_why_not(tmp_path, folders_of, album, capsys):
+    code, said, _ = run(capsys, "predict", folders_of("blip_vqa"), album, "what is it", "--json")
+    assert code == 0 and [list(y) for y in json.loads(said)] == [["text"]] * 3
+    bert = hubs.folders.bert(tmp_path / "bert")
+    code, _, told = run(capsys, "predict", bert, "the film was good")
+    assert code == 2 and "has learned no task" in " ".join(told.split())

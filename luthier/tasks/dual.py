@@ -22,7 +22,7 @@ def loaded(task, seed=0, dtype=None):
     if task.model is None:
         raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"tiny-clip\".")
     dual = zoo.load(task.model, dtype)
-    if not (hasattr(dual, "get_text_features") and hasattr(dual, "get_image_features")):
+    if not is_dual(dual):
         raise DoesNotFit(f"{task.origin.ref} is no dual encoder: it gives no image and text features to compare. Use CLIP or "
                          "SigLIP, in the zoo tiny-clip; a bridge of two encoders (dinov2-s+minilm:sail()); or "
                          "task=\"image-classification\".")

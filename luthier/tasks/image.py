@@ -188,7 +188,7 @@ class ImageClassification(Labelled):
             try:
                 decode(item, self.side)
             except Exception as error:
-                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160]} Give a path "
+                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. Give a path "
                               "to a PNG or "
                               "JPEG, its bytes, or an array (H, W, 3).") from error
         return super().predict(model, table.columns[self.roles["image"]], batch_size)

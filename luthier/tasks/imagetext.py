@@ -440,7 +440,7 @@ class ImageToText(Language):
                     album.look(k)
             except Exception as error:
                 raise BadData(f"Input {i} ({str(self.column(table, 'image')[i])[:80]}) is not {self.one} that can be read: "
-                              f"{str(error)[:160]} Give {self.form}.") from error
+                              f"{str(error)[:160].rstrip('.')}. Give {self.form}.") from error
         return [{"text": text} for text in self.said(model, self.encode(table, album), batch_size)]
 
     def rows(self, inputs):

@@ -55,18 +55,30 @@ class ClassNames(ImageClassification):
             if other != given:
                 raise BadData(f"{data.source}: the classes {other!r} and {given!r} have one name, {name!r}. Rename or merge one.")
         if self.origin:
-            self._tellable(data)
+            self._tellable(data.source)
         if self.metric in ("harmonic", "auc") and self.old == len(self.labels):
             raise BadData(f"{data.source}: metric={self.metric!r} compares classes that training shows with others, and the test "
                           "part has no others. Use accuracy.")
 
-    def _tellable(self, data):
+    def named(self, names):
+        """With these classes, whatever it was trained with."""
+        self.labels, self.shown, self.parts = list(names), [clean(n) for n in names], None
+        self.old = len(self.labels)
+        for name in self.shown:
+            if not name:
+                raise BadData("A class has no name. Give the names with commas between: \"red circle, blue square\".")
+            if self.shown.count(name) > 1:
+                raise BadData(f"The class {name!r} is named twice. Name every class once.")
+        self._tellable("the names given")
+        return self
+
+    def _tellable(self, source):
         """Names that are different texts may still be the same tokens."""
         ids, _, _ = encode(self.tokenizer, [self.template.format(n) for n in self.shown], self.origin.longest)
         seen = {}
         for i, row in enumerate(map(tuple, ids.tolist())):
             if (other := seen.setdefault(row, i)) != i:
-                raise BadData(f"{data.source}: to this model's tokenizer the names {self.shown[other]!r} and {self.shown[i]!r} "
+                raise BadData(f"{source}: to this model's tokenizer the names {self.shown[other]!r} and {self.shown[i]!r} "
                               "are the same. Rename one.")
 
     def _parts(self):

@@ -16,13 +16,15 @@ from ..attach import base_of
 from ..errors import BadData
 from . import metrics
 from .dual import loaded
-from .image import UNREADABLE, ImageClassification
+from .image import UNREADABLE, ImageClassification, decode
+from .source import IMAGES
 
 KEPT = 2 << 30                 # bytes of what frozen encoders made of rows
 
 
 class Retrieval(ImageClassification):
     kind = "image-text-retrieval"
+    asks = "caption"                                 # the role of the texts beside images
     reads = ("vision-language",)
     metrics = ("recall@1", "recall@5", "recall@10")
 
@@ -196,7 +198,69 @@ class Retrieval(ImageClassification):
         return {"image_size": self.side}
 
     def predict(self, model, inputs, batch_size=64):
-        raise BadData("Retrieval ranks the pairs of a data set; single inputs have nothing to be ranked among. Use class-names.")
+        """Of images and texts, or rows of both: [{"images": [{"image", "score"}, ...]}] for each text, best first, and "texts" for
+        each image; the score is the cosine."""
+        return self.rank(model, inputs, None, batch_size)
+
+    def rank(self, model, inputs, errors, batch_size=64, most=10):
+        """As predict; an image that cannot be read is noted in `errors` {number: error} and ranked nowhere, where that is a dict."""
+        rows, images, texts = [self._row(i, x) for i, x in enumerate(inputs)], {}, {}
+        found = [{} for _ in rows]
+        for i, (name, image, text) in enumerate(rows):
+            try:
+                if image is not None and name not in images:
+                    images[name] = decode(image, self.side)
+                if text:
+                    texts.setdefault(text, len(texts))
+            except Exception as error:               # Pillow raises whatever its decoders do
+                bad = BadData(f"Input {i} ({name[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. Give a path to "
+                              "a PNG or JPEG, its bytes, or an array (H, W, 3).")
+                if errors is None:
+                    raise bad from error
+                errors[i], found[i] = bad, {"error": str(bad)}
+        if not images or not texts:
+            raise next(iter((errors or {}).values()), BadData(
+                f"There are {len(images)} images and {len(texts)} texts: nothing to rank. Give at least one of each."))
+        near = self.near(model, list(images.values()), list(texts), batch_size)
+        for i, (name, image, text) in enumerate(rows):
+            if text in texts:
+                found[i]["images"] = _best("image", near[:, texts[text]], list(images), most)
+            if image is not None and name in images:
+                found[i]["texts"] = _best("text", near[list(images).index(name)], list(texts), most)
+        return found
+
+    def near(self, model, images, texts, batch_size=64):
+        """The cosine of every image and every text, (N, M)."""
+        was, x, t = model.training, [], []
+        model.eval()
+        try:
+            with torch.no_grad():
+                for k in range(0, max(len(images), len(texts)), batch_size):
+                    a, b = images[k:k + batch_size], texts[k:k + batch_size]
+                    out = self.forward(model, ImageClassification.collate(self, [{"image": v} for v in a or images[:1]])
+                                       | self.words(b or texts[:1]))
+                    x += out.image_embeds[:len(a)].float().cpu()
+                    t += out.text_embeds[:len(b)].float().cpu()
+        finally:
+            model.train(was)
+        return torch.stack(x) @ torch.stack(t).T
+
+    def _row(self, i, x):
+        """(the image's name, image, text) of an input, each but the first None where there is none."""
+        x = dict(zip(("image", "caption"), x, strict=False)) if isinstance(x, tuple) else x
+        if not isinstance(x, dict) or "bytes" in x:
+            x = {"caption": x} if isinstance(x, str) and not x.lower().endswith(IMAGES) else {"image": x}
+        image, text = (x.get(self.roles[r], x.get(r)) for r in ("image", "caption"))
+        text = text[0] if isinstance(text, list | tuple) and text else text
+        image = None if isinstance(image, str) and not image.strip() else image
+        return image if isinstance(image, str) else f"input {i}", image, " ".join(text.split()) if isinstance(text, str) else None
+
+    def words(self, captions):
+        """Their tokens as a batch."""
+        masked = "attention_mask" in self.tokenizer.model_input_names
+        found = self.tokenizer(captions, truncation=True, max_length=self.max_length, padding=True if masked else "max_length",
+                               return_tensors="pt")
+        return {k: found[k] for k in ("input_ids", *["attention_mask"] * masked)}
 
     def state(self):
         return {}
@@ -212,6 +276,11 @@ def _once(memory, keys, items, make):
             return [memory[key] if key in memory else fresh[key] for key in keys]
         memory.update(fresh)
     return [memory[key] for key in keys]
+
+
+def _best(what, scores, names, most):
+    top = scores.topk(min(most, len(names)))
+    return [{what: names[k], "score": s} for s, k in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
 
 
 class _Pairs:

@@ -231,6 +231,9 @@ class TextSegmentation(ImageClassification):
         folder, table, told = Path(folder), self.rows(inputs), []
         folder.mkdir(parents=True, exist_ok=True)
         for item, text, y in zip(self.column(table, "image"), self.column(table, "phrase"), found, strict=True):
+            if "error" in y:
+                told.append(y)
+                continue
             stem = Path(item).stem if isinstance(item, str | Path) else "image"
             name = "-".join([stem, *"".join(c if c.isalnum() else " " for c in text).split()])[:80]
             path = next(p for n in range(10**9) if not (p := folder / f"{name}{f'-{n}' if n else ''}.png").exists())
