@@ -1,17 +1,11 @@
 """Bridged models in the rest of the house: many states over one base, merging, files, other tools, costs, recomputed blocks."""
 
-import json
-import subprocess
-import sys
 
-import folders
 import pytest
 import torch
-from folders import run
-from test_hub_vl import picture
 
 import luthier
-from luthier import tiny, zoo
+from luthier import tiny
 from luthier.bridges import bridge
 from luthier.serve.rack import Rack
 

@@ -3,7 +3,6 @@ learned."""
 
 import torch
 
-from luthier import tasks
 from luthier.evidence import _bench
 from luthier.tasks.dual import Named
 

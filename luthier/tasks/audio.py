@@ -92,7 +92,7 @@ class AudioToText(ImageToText):
         """The ids of what stands before, between and behind the marks."""
         prompt = prompt.rstrip() if self.apart else prompt.rstrip() + "\n" * bool(prompt.strip())
         first, *rest = prompt.split(MARK)
-        return [super(AudioToText, self).ask("")[:0 if self.apart else 1] + (self.ids(first) if first else []),
+        return [super().ask("")[:0 if self.apart else 1] + (self.ids(first) if first else []),
                 *(self.ids(piece) if piece else [] for piece in rest)]
 
     def ask(self, prompt):

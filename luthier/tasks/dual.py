@@ -17,6 +17,10 @@ from ..errors import BadData, DoesNotFit
 from .headed import Output
 
 
+def is_dual(model):
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+
+
 def loaded(task, seed=0, dtype=None):
     """The dual encoder that a task is to be built on; heads that a bridge starts untrained depend on `seed`."""
     if task.model is None:
