@@ -1,5 +1,7 @@
 """The zoo's own models that see and write, a bridged model in one folder, and what a comparison shows of several tasks."""
 
+import base64
+import io
 import json
 import shutil
 
@@ -225,3 +227,22 @@ def test_right_answers_are_told_from_wrong_ones(parts):
     assert [right for _, right in task.tried(task.build(), shown)] == [True] * 4
     task.said = lambda model, examples, size: ["0 0 1 1"] * 4
     assert [right for _, right in task.tried(task.build(), shown)] == [False] * 4
+
+
+def test_rows_of_ones_own_are_shown_by_their_tasks(tmp_path, parts):
+    from PIL import Image
+
+    lines = []
+    for i in range(30):
+        Image.fromarray(scene(i, 0, 400).image()).save(tmp_path / f"{i}.png")
+        kind = ("vqa", "caption")[i % 2]
+        lines.append(json.dumps(dict(image=f"{i}.png", question="good?" if kind == "vqa" else "", answer="fine", task=kind)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    task = tasks.open(tmp_path / "rows.jsonl", model="+".join(parts))
+    assert task.each() == {"caption": "bleu", "vqa": "accuracy"} == task.describe()["each"]
+    shown = task.samples(4)
+    assert sorted(r["kind"] for r in shown) == ["caption", "caption", "vqa", "vqa"] and {r["answers"][0] for r in shown} == {"fine"}
+    image = Image.open(io.BytesIO(base64.b64decode(shown[0]["images"][0])))
+    assert image.size == (160, 160) and image.format == "PNG"
+    one = tasks.open("scenes:vqa", model="+".join(parts), limit=12)
+    assert one.each() == {} and one.samples(3)[0]["kind"] is None
