@@ -3,7 +3,7 @@ Dhakal et al., VLSM-Adapter, MICCAI 2024. arXiv:2405.06196 §2.2, fig. 1b, and t
 decoder reads, h_e their states, c the text's conditional embedding, pooled at its end token:
 
     image   the decoder's reduction of layer e reads a_e(h_e); the towers themselves run on as they were
-    text    c' = a_c(c) + Σ_e a_e(h_e of the text tower, at the end token)        its width is that of c
+    text    c' = a_c(c) + Σ_e a_e(h_e of the text tower, at the end token)        over those e that it has
 
 `cond`: width of a_c, 0 for none. VLC is the default; VL is `cond=0`, V is `at="*.reduces.*.weight"`, in which no text is
 read. As in their code the text's states themselves are added, too, so nothing of it starts at the base.
