@@ -94,12 +94,15 @@ def bare(model, names=None):
     from . import tasks
     from .tasks.dual import is_dual
     from .tasks.hub import writes
+    from .tasks.segment import is_segmenter
 
     origin, cls = zoo.about(model), zoo.architecture(model)[0]
     if names:
         task = tasks.KINDS["class-names"](model, roles={"image": "image", "label": "label"}).named(names)
     elif writes(model, origin):
         task = tasks.KINDS["image-to-text"](model, roles={"image": "image", "prompt": "prompt", "response": "response"})
+    elif cls is not None and is_segmenter(cls):
+        task = tasks.KINDS["text-segmentation"](model, roles={"mask": "mask", "image": "image", "phrase": "phrase"})
     elif cls is not None and is_dual(cls):
         task = tasks.KINDS["image-text-retrieval"](model, roles={"image": "image", "caption": "caption"})
     else:

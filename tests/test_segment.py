@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +305,19 @@ def test_tune_predict_and_masks_on_disk(folder, tmp_path, capsys):
                      (("no.png", "x"), "not an image")):
         with pytest.raises(BadData, match=why):
             task.predict(tuned, [bad])
+
+
+def test_a_model_as_it_came_draws_masks_and_a_bad_input_fails_alone(folder, tmp_path, capsys):
+    from luthier.cli import main
+    written(tmp_path, 2)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    shown = [str(tmp_path / name) for name in ("i0.png", "bad.png", "i1.png")]
+    assert main(["predict", folder, *shown, "a red circle", "--out", str(tmp_path), "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    names = [Path(y["mask"]).name for y in said[::2]]
+    assert "Input 1" in said[1]["error"] and names == ["i0-a-red-circle.png", "i1-a-red-circle.png"]
+    task = tasks.KINDS["text-segmentation"](folder, roles=dict(mask="mask", image="image", phrase="phrase"))
+    assert task.predict(task.build(), [(shown[2], "a red circle")])[0]["share"] == said[2]["share"]
 
 
 def test_odd_images_are_treated_and_told(folder, tmp_path):

@@ -19,7 +19,7 @@ MODEL = "CLIPSeg of tiny-clip's towers and a decoder of three layers, 64 wide (1
 STYLE, ROWS = "outline", {"train": 400, "val": 80, "test": 200}
 DATA = f"scenes:segment-{STYLE}, 64 px: {ROWS['train']} train, {ROWS['val']} validation, {ROWS['test']} test rows"
 DECODER = "full(at='decoder *.reduces.*.weight *.film_*.weight *.transposed_convolution.*')"
-PRE, STEPS, BATCH, RATES = 400, 100, 16, (3e-4, 1e-3, 3e-3)
+PRE, STEPS, BATCH, RATES = 600, 120, 16, (3e-4, 1e-3, 3e-3, 1e-2)
 CHAINS = {"full": "full()", "dense": "vlsm_dense(width=16, cond=32)", "shallow": "vlsm_shallow(width=32, cond=32)"}
 
 

@@ -12,6 +12,7 @@ that is more than one row in a hundred."""
 
 import json
 from collections import Counter
+from inspect import signature, unwrap
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..errors import BadData, DoesNotFit
-from ..walk import arguments
 from .image import BUDGET, UNREADABLE, ImageClassification, decode
 from .read import Table
 
@@ -40,6 +40,11 @@ def extent(item, base="."):
         import io
         item = Image.open(io.BytesIO(item) if isinstance(item, bytes | bytearray) else Path(base) / item)
     return ImageOps.exif_transpose(item).size
+
+
+def is_segmenter(cls):
+    """Whether models of this class draw a mask of what a text names."""
+    return "Segmentation" in cls.__name__ and {"pixel_values", "input_ids"} <= {*signature(unwrap(cls.forward)).parameters}
 
 
 def own_size(folder):
@@ -100,9 +105,14 @@ class TextSegmentation(ImageClassification):
     def targets(self, table):
         return None
 
+    @property
+    def side(self):
+        sizes = self.origin.image.get("sizes") if self.origin else None
+        return self.options.get("image_size") or (self.origin and own_size(self.origin.folder)) or (sizes or (352,))[-1]
+
     def learn(self, data):
-        if not self.options.get("image_size") and self.origin:
-            self.options["image_size"] = own_size(self.origin.folder) or (self.origin.image.get("sizes") or (352,))[-1]
+        if self.origin:
+            self.options["image_size"] = self.side
 
     def readable(self, table):
         bad, told, empty, rows = {}, Counter(), 0, self.rows_of(table)
@@ -158,7 +168,7 @@ class TextSegmentation(ImageClassification):
         if self.model is None:
             raise BadData("This task has no model to build on. Open it with model=, e.g. model=\"CIDAS/clipseg-rd64-refined\".")
         model = zoo.load(self.model, dtype)
-        if "Segmentation" not in type(model).__name__ or not {"pixel_values", "input_ids"} <= arguments(model):
+        if not is_segmenter(type(model)):
             raise DoesNotFit(f"{self.origin.ref} ({type(model).__name__}) draws no masks of what a text names. Use a "
                              "CLIPSegForImageSegmentation.")
         patch = getattr(getattr(model.config, "vision_config", None), "patch_size", 1)
@@ -228,12 +238,13 @@ class TextSegmentation(ImageClassification):
         """The masks of `predict` as black and white PNG files in a folder, named by image and phrase; none is written over."""
         from PIL import Image
 
-        folder, table, told = Path(folder), self.rows(inputs), []
+        folder, told = Path(folder), []
         folder.mkdir(parents=True, exist_ok=True)
-        for item, text, y in zip(self.column(table, "image"), self.column(table, "phrase"), found, strict=True):
+        for x, y in zip(inputs, found, strict=True):
             if "error" in y:
                 told.append(y)
                 continue
+            item, text = (self.column(self.rows([x]), role)[0] for role in ("image", "phrase"))
             stem = Path(item).stem if isinstance(item, str | Path) else "image"
             name = "-".join([stem, *"".join(c if c.isalnum() else " " for c in text).split()])[:80]
             path = next(p for n in range(10**9) if not (p := folder / f"{name}{f'-{n}' if n else ''}.png").exists())
