@@ -81,9 +81,11 @@ SEEDS = arg("--seeds", type=seeds, default=3, metavar="N", help="how many, or wh
 JOBS = arg("--jobs", type=whole(1), default=1, metavar="N", help="train in N processes (default 1)")
 TASK = (
     arg("--task", metavar="KIND", help="when the guess is wrong: text-classification, token-classification, "
-                                       "image-classification, image-to-text, audio-to-text, causal-lm, instruction, regression"),
+                                       "image-classification, image-to-text, text-segmentation, audio-to-text, causal-lm, "
+                                       "instruction, regression"),
     arg("--columns", type=pairs, metavar="ROLE=COLUMN,...", help="when the guess is wrong: roles text, text_pair, label, target, "
-                                                                 "tokens, tags, image, audio, prompt, response, task"),
+                                                                 "tokens, tags, image, audio, prompt, response, task, phrase, "
+                                                                 "mask"),
     arg("--metric", metavar="NAME", help="the primary metric, when the task has several"),
     arg("--limit", type=whole(2), metavar="N", help="at most N rows a split"),
     arg("--max-length", type=whole(2), metavar="N", help="tokens a row"),

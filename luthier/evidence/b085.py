@@ -60,13 +60,13 @@ def run(seeds):
     task = _bench.task("scenes:vqa", MODEL.split()[0], train=1000, val=200, test=400)
     base = task.build(0).eval()
     beside = _bench.seeing(base, BESIDE)
-    _, last = others(base, [s.name for s in find(base, AT)][1:1 + SKIP], 0)
+    last = list({s.tower: s.name for s in find(base, AT)}.values())[:SKIP]          # of each tower, for the search for a rate
     facts = {"learning_rate": {}, "skipped": {}, "preferences": {}, "flops": {}, "latency": {}, "towers": {}}
     for name, chain in (("whole", beside), ("skips", skipping(base, last, WIDTH, beside))):
         facts["learning_rate"][name], _ = _bench.search(task, chain, STEPS, BATCH, RATES, head=False)
     per_seed, batch = {}, dict(_bench.first(task))
     for seed in seeds:
-        found = das(task, SKIP, at=AT, width=WIDTH, beside=beside, steps=SOUGHT, turn=4, lr=facts["learning_rate"]["skips"],
+        found = das(task, SKIP, at=AT, width=WIDTH, beside=beside, steps=SOUGHT, turn=2, lr=facts["learning_rate"]["skips"],
                     batch_size=BATCH, seed=seed)
         chance, last = others(base, found.skipped, seed)
         sets = {"learned": list(found.skipped), "random": chance, "last": last}
