@@ -21,7 +21,7 @@ MODEL = "tiny-vlt5 (4 vision, 3 encoder, 3 decoder blocks)"
 DATA = "scenes:vqa: 1000 train, 200 validation, 400 test rows"
 AT, SKIP, WIDTH = "block.1-.out vision.block.0.out", 3, 16
 BESIDE = "houlsby(at='attn.out mlp.out', width=16, norms=False)"
-STEPS, SOUGHT, BATCH, RATES = 80, 120, 16, (5e-4, 3e-3, 1e-2)
+STEPS, SOUGHT, BATCH, RATES = 100, 120, 16, (1e-3, 3e-3, 1e-2)
 
 
 def towers(model, names):
