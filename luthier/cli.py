@@ -324,6 +324,8 @@ def predict(a):
         given = inputs(task, a.input)
         found, errors = answers(task, tuned, given)
         found = task.write(given, found, a.out) if hasattr(task, "write") else found
+        for note in dict.fromkeys(task.notes):                 # what was done to inputs that are not plain
+            print(f"  {note}", file=sys.stderr)
     _predictions(given, found, a.json)
     if errors:
         from .errors import RowsFailed

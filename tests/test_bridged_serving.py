@@ -131,3 +131,90 @@ def test_recomputed_blocks_give_the_same_losses(way, chain):
             losses.append(loss.item())
         found.append(losses)
     assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0][-1] < found[0][0]
+
+
+# -- files, other tools and commands ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A folder that `luthier bridge` wrote, the pair's name, and the data."""
+    from test_hub_vl import pairs
+
+    from luthier.cli import main
+    base = tmp_path_factory.mktemp("tuned")
+    eyes, mouth, data = folders.vit(base / "vit"), folders.llama(base / "llama"), pairs(base / "a")
+    assert main(["bridge", eyes, mouth, "--with", "limber(tokens=2, dropout=0.0)", "--tune",
+                 "full(at='connector') >> lora(rank=2, at='text.attn.q')", "--data", str(data), "--out", str(base / "out"), "--epochs",
+                 "2", "--seed", "3", "--log", "none"]) == 0
+    return base / "out", f"{eyes}+{mouth}:limber(tokens=2, dropout=0.0)", data
+
+
+def test_a_tuned_bridge_is_the_same_in_a_fresh_process(tuned):
+    out, _, data = tuned
+    task, model = luthier.tune.reopen(out)
+    batch = dict(input_ids=torch.tensor([[2, 12, 13]]), attention_mask=torch.ones(1, 3, dtype=torch.long),
+                 pixel_values=torch.ones(1, 3, 16, 16))
+    with torch.no_grad():
+        mine = model(**batch).logits.flatten().tolist()
+    code = ("import sys, json, torch, luthier.tune as t; task, m = t.reopen(sys.argv[1]); b = dict(input_ids=torch.tensor([[2, 12, 13]]), "
+            "attention_mask=torch.ones(1, 3, dtype=torch.long), pixel_values=torch.ones(1, 3, 16, 16)); m.requires_grad_(False); "
+            "print(json.dumps([m(**b).logits.flatten().tolist(), task.predict(m, [sys.argv[2]])]))")
+    picture = str(data.parent / "1.png")
+    said = subprocess.run([sys.executable, "-c", code, str(out), picture], capture_output=True, text=True, check=True).stdout
+    theirs, answer = json.loads(said.splitlines()[-1])
+    assert theirs == mine and answer == task.predict(model, [picture])
+
+
+def test_other_tools_and_back(tmp_path, tuned, capsys):
+    """peft's format holds the connector, too; merged, the whole is a plain file that the bridge reads."""
+    out, ref, _ = tuned
+    task, model = luthier.tune.reopen(out)
+    batch = dict(input_ids=torch.tensor([[2, 12, 13]]), attention_mask=torch.ones(1, 3, dtype=torch.long),
+                 pixel_values=torch.ones(1, 3, 16, 16))
+    with torch.no_grad():
+        mine = model(**batch).logits
+    assert run(capsys, "export", out, "--out", tmp_path / "peft")[0] == 0
+    again = luthier.interop.read(tmp_path / "peft", task.build(seed=3))
+    with torch.no_grad():
+        assert torch.allclose(again.eval()(**batch).logits, mine, atol=1e-5)
+    again.detach()
+    code, _, told = run(capsys, "export", out, "--out", tmp_path / "other", "--model", ref)
+    assert code == 2 and "same shapes with other weights" in " ".join(told.split())         # its connector started from another seed
+    assert run(capsys, "merge", out, "--out", tmp_path / "plain")[0] == 0
+    from safetensors.torch import load_file
+    plain = task.build(seed=0)
+    missing, extra = plain.load_state_dict(load_file(tmp_path / "plain" / "model.safetensors"), strict=False)
+    assert not extra and all("head" in n or "embed" in n for n in missing)
+    with torch.no_grad():
+        assert torch.allclose(plain(**batch).logits, mine, atol=1e-5)
+
+
+def test_looking_at_a_pair_by_its_name(tuned, capsys):
+    out, ref, data = tuned
+    code, said, _ = run(capsys, "sites", ref, "--select", "connector", "--json")
+    assert code == 0 and [r["name"] for r in json.loads(said)] == ["connector.map.weight"]
+    code, said, _ = run(capsys, "cost", ref, "full(at='connector') >> lora(rank=2, at='text.attn.q')", "--tokens", "8", "--json")
+    assert code == 0 and json.loads(said)
+    code, said, told = run(capsys, "predict", "--rack", out.parent, data.parent / "1.png", data.parent / "gone.png", "what", "--adapter",
+                           "out", "--json")
+    found = json.loads(said)
+    task, model = luthier.tune.reopen(out)
+    assert code == 2 and found[0] == task.predict(model, [(str(data.parent / "1.png"), "what")])[0] and "gone.png" in found[1]["error"]
+
+
+# -- the example ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_side_network_holds_less_than_lora_and_full_tuning(tuned, capsys):
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("side", Path(__file__).parents[1] / "examples" / "side_tuning_on_a_laptop.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.WAYS["side network"] = example.WAYS["side network"].replace("reduce=8", "reduce=4")
+    found = example.main(str(tuned[2]), tuned[1], steps=2, limit=24, image_size=16)
+    said = capsys.readouterr().out
+    beside = {name: held - weights for name, (held, weights, _) in found.items()}
+    assert beside["side network"] < beside["LoRA"] < beside["full tuning"] and all(name in said for name in found)

@@ -362,3 +362,67 @@ def test_a_model_as_it_came_answers_or_says_why_not(tmp_path, folders_of, album,
     bert = hubs.folders.bert(tmp_path / "bert")
     code, _, told = run(capsys, "predict", bert, "the film was good")
     assert code == 2 and "has learned no task" in " ".join(told.split())
+
+
+# -- odd input --------------------------------------------------------------------------------------------------------------
+
+
+def odd(folder):
+    """Grey, CMYK, transparent, 16 bits, animated and huge: six files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(picture(0))
+    image.convert("L").save(folder / "0.png")
+    image.convert("CMYK").save(folder / "1.jpg")
+    clear = image.convert("RGBA")
+    clear.putalpha(100)
+    clear.save(folder / "2.png")
+    Image.fromarray(np.full((16, 16), 60000, np.uint16)).save(folder / "3.tiff")
+    image.save(folder / "4.gif", save_all=True, append_images=[Image.fromarray(picture(1))])
+    Image.new("L", (5000, 5000)).save(folder / "5.png")
+    return sorted(folder.iterdir())
+
+
+TREATED = ("grey", "CMYK", "transparent", "animated", "huge")
+
+
+def test_odd_images_are_treated_and_told_by_every_task(tmp_path, folders_of, capsys):
+    clip = hubs.folders.clip(tmp_path / "clip")
+    for k, word in enumerate(SAID):
+        files = odd(tmp_path / "d" / word)
+    task = tasks.open(str(tmp_path / "d"), model=clip, task="class-names")
+    assert task.size() + task.size("val") + task.size("test") == 24
+    for what in TREATED:
+        assert any(f"images are {what}" in n for n in task.notes), task.notes
+    rows = [dict(image=str(f), caption=f"the film was {SAID[i % 4]} {i}") for i, f in enumerate(files * 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = tasks.open(tmp_path / "rows.jsonl", model=clip, task="image-text-retrieval")
+    assert all(any(f"images are {what}" in n for n in task.notes) for what in TREATED)
+    code, said, told = run(capsys, "predict", folders_of("blip_vqa"), *files, "what is it")
+    assert code == 0 and all(f"images are {what}" in told for what in TREATED)
+
+
+def test_one_bad_row_in_hundreds_is_left_out_and_told(tmp_path):
+    """By tasks of pairs and of names: no image, a list, a number in its place, no caption; a caption that is a number or too long."""
+    clip = hubs.folders.clip(tmp_path / "clip")
+    path = pairs(tmp_path / "a", 300)
+    rows = [dict(image=r["image"], caption=f"the film was {r['answer']}") for r in map(json.loads, path.read_text().splitlines())]
+    for change, told in ((dict(image=None), "no image is named|unreadable"), (dict(image=["0.png", "1.png"]), "unreadable"),
+                         (dict(image="a"), "unreadable"), (dict(caption=" "), "empty captions"), (dict(caption=None), "empty captions"),
+                         (dict(caption="good " * 300), "cut there"), (dict(caption=7), None)):
+        path.write_text("".join(json.dumps(r | change if i == 7 else r) + "\n" for i, r in enumerate(rows)))
+        task = tasks.open(path, model=clip, task="image-text-retrieval", columns=dict(image="image", caption="caption"))
+        n = sum(task.size(s) for s in ("train", "val", "test"))
+        texts = [len(task.examples(s)) for s in ("train", "val", "test")]
+        left = told is None or "cut" in told
+        assert n == sum(texts) == (300 if left else 299), change
+        assert told is None or any(w in note for w in told.split("|") for note in task.notes), (change, task.notes)
+
+
+def test_a_row_of_a_task_that_is_not_known_is_left_out(tmp_path, folders_of):
+    path = pairs(tmp_path / "a", 300, change={i: dict(task="vqa") for i in range(300)})
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    for kind in ("count", None, ["vqa"]):
+        path.write_text("".join(json.dumps(r | dict(task=kind) if i == 7 else r) + "\n" for i, r in enumerate(rows)))
+        task = tasks.open(path, model=folders_of("blip"), columns=dict(task="task"))
+        assert sum(task.size(s) for s in ("train", "val", "test")) == 299
+        assert any("line 8: there is no task" in n for n in task.notes), task.notes

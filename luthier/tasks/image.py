@@ -2,6 +2,7 @@
 which stretches what is not square), scaled and normalised on the fly."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ def decode(item, side, base=".", told=None):
     images that are not plain."""
     from PIL import Image, ImageOps
     box, item = None, item() if callable(item) else item             # what is drawn when it is looked at
+    if item is None or isinstance(item, str) and not item.strip():
+        raise ValueError("no image is named")
+    if isinstance(item, list | tuple | bool | int | float):
+        raise ValueError(f"{str(item)[:60]} is no image" + (", and one is wanted, not a list" if isinstance(item, list | tuple) else ""))
     if isinstance(item, dict):                       # how hub data sets store an image
         box, item = item.get("box"), item.get("bytes") or item.get("path")
     if isinstance(item, np.ndarray) or torch.is_tensor(item):
@@ -69,9 +74,12 @@ class Images:
         return len(self.items)
 
     def __getitem__(self, i):
+        return self.look(i)
+
+    def look(self, i, told=None):
         image = self.kept.get(i)
         if image is None:
-            image = decode(self.items[i], self.side, self.base)
+            image = decode(self.items[i], self.side, self.base, told)
             if self.bytes + image.numel() <= BUDGET:
                 self.kept[i], self.bytes = image, self.bytes + image.numel()
         return {"image": image} | ({} if self.targets is None else {"labels": self.targets[i]})
@@ -113,13 +121,14 @@ class ImageClassification(Labelled):
     def readable(self, table):
         """The table without images that cannot be decoded; refused when they are more than UNREADABLE of it."""
         images = Images(self.column(table, "image"), self.targets(table), self.side, self.base(table))
-        bad, good = {}, []
-        for i in range(len(images)):
-            try:
-                images[i]
+        bad, good, told = {}, [], Counter()
+        for i, item in enumerate(images.items):
+            try:                                         # of files, what is not plain is told
+                images.look(i, told if isinstance(item, str | bytes) else None)
                 good.append(i)
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad[i] = error
+        self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
         if len(bad) > UNREADABLE * len(images):
             i, error = next(iter(bad.items()))
             raise BadData(f"{table.where(i)}: the image cannot be read ({str(error)[:160] or type(error).__name__}); in all "

@@ -89,13 +89,19 @@ class ImageToText(Language):
 
     # -- rows ---------------------------------------------------------------------------------------------------------
     def strata(self, table):
-        return self.column(table, "task") if "task" in self.roles else [0] * len(table)
+        return list(map(str, self.column(table, "task"))) if "task" in self.roles else [0] * len(table)
 
     def check(self, table):
-        for i, kind in enumerate(self.column(table, "task") if "task" in self.roles else ()):
-            if kind not in ROW_KINDS:
+        kinds = self.column(table, "task") if "task" in self.roles else ()
+        bad = [i for i, kind in enumerate(kinds) if not isinstance(kind, str) or kind not in ROW_KINDS]
+        for i in bad[:1]:
+            kind = kinds[i]
+            if len(bad) > UNREADABLE * len(table):
                 raise BadData(f"{table.where(i)}: there is no task {kind!r}. {nearest(kind, ROW_KINDS)} The column "
                               f"{self.roles['task']!r} may hold {', '.join(ROW_KINDS)}.")
+            self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: there is no task {kind!r}")
+            kept = table.take(sorted(set(range(len(table))) - set(bad)))
+            table.columns, table.lines = kept.columns, kept.lines
 
     def learn(self, data):
         train = self.tables["train"]
@@ -197,7 +203,7 @@ class ImageToText(Language):
         prompts, kinds = (self.column(table, r) if r in self.roles else nothing for r in ("prompt", "task"))
         answers = self.answers(table) if self.roles["response"] in table.columns else [[""]] * len(table)
         for shown, prompt, kind, right in zip(self.shown(table, album), prompts, kinds, answers, strict=True):
-            prompt, answer, row = "" if prompt is None else str(prompt), self.ids(right[0]) + end, {}
+            prompt, answer, row = "" if prompt is None or prompt != prompt else str(prompt), self.ids(right[0]) + end, {}
             ask = self.ids(prompt) if self.hub else self.ask(prompt)
             cut += len(ask) + len(answer) > n
             answer = answer[:max(n // 2, n - len(ask))]
@@ -430,17 +436,18 @@ class ImageToText(Language):
     def predict(self, model, inputs, batch_size=8):
         """[{"text": answer}] of images, (image, prompt) pairs, or dicts with the roles or columns as keys; a list is one row's
         images."""
-        table, album = self.rows(inputs), self.new_album()
+        table, album, told = self.rows(inputs), self.new_album(), Counter()
         for i, shown in enumerate(self.shown(table, album)):
             try:
                 if not shown:
                     raise ValueError(f"no {self.what} is named")
                 self.few(shown)
                 for k in shown:
-                    album.look(k)
+                    album.look(k, told)
             except Exception as error:
                 raise BadData(f"Input {i} ({str(self.column(table, 'image')[i])[:80]}) is not {self.one} that can be read: "
                               f"{str(error)[:160].rstrip('.')}. Give {self.form}.") from error
+        self.notes += [f"{n:,} {self.what}s are {treated}" for treated, n in told.items()]
         return [{"text": text} for text in self.said(model, self.encode(table, album), batch_size)]
 
     def rows(self, inputs):

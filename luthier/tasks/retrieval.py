@@ -47,6 +47,7 @@ class Retrieval(ImageClassification):
         rows, bad = [], []
         for i, told in enumerate(self.column(table, "caption")):
             for text in told if isinstance(told, (list, tuple)) else [told]:
+                text = str(text) if isinstance(text, int | float) and not isinstance(text, bool) and text == text else text
                 if isinstance(text, str) and text.strip():
                     rows.append((i, " ".join(text.split())))
                 else:
@@ -83,7 +84,8 @@ class Retrieval(ImageClassification):
             if "extra" in self.roles and split == "train":
                 images.extras = [x or c for x, c in zip(self.column(table, "extra"), captions, strict=True)]
                 images.extra = self.tokens(images.extras)
-            long = sum(len(t) == self.max_length for t in images.texts) if masked else 0
+            whole = images.texts if masked else self.tokenizer(captions)["input_ids"]
+            long = sum(len(t) >= self.max_length for t in whole)
             if long:
                 self.notes.append(f"{split}: {long:,} captions fill or exceed {self.max_length} tokens and are cut there")
             keys = table.columns.get("_same") or self.column(table, "image")
