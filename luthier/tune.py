@@ -116,18 +116,25 @@ def answers(task, model, given):
     errors = {}
     if hasattr(task, "rank"):                              # inputs are told of each other
         return task.rank(model, given, errors), errors
+    return each(range(len(given)), lambda part: task.predict(model, [given[i] for i in part]))
+
+
+def each(numbers, predict, alone=True):
+    """What predict(numbers) says of the inputs of these numbers, and {number: error}: where it refuses several, they are tried by
+    halves. alone: one input that has no others beside it is refused outright."""
+    errors = {}
 
     def run(part):
         try:
-            return task.predict(model, [given[i] for i in part])
+            return predict(part)
         except LuthierError as error:
-            if len(given) == 1:
+            if len(numbers) == 1 and alone:
                 raise
             if len(part) > 1:
                 return run(part[:len(part) // 2]) + run(part[len(part) // 2:])
             errors[part[0]] = type(error)(str(error).replace("Input 0 ", f"Input {part[0]} ", 1))
             return [{"error": str(errors[part[0]])}]
-    return run(range(len(given))), errors
+    return run(list(numbers)), errors
 
 
 def inputs(task, sources):

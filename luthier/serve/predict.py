@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import save, tasks
 from ..errors import BadData, BadState, LuthierError
-from ..tune import inputs
+from ..tune import each, inputs
 from .rack import Rack
 
 
@@ -38,10 +38,17 @@ def predict(folder, sources, adapter=None, memory="2GB"):
             spec = specs.get(name, first).get("task", first["task"])
             groups.setdefault(json.dumps(spec, sort_keys=True), []).append(i)
     for spec, rows in groups.items():
-        view = rack.view([names[i] or None for i in rows])
-        for i, y in zip(rows, tasks.restore(json.loads(spec)).predict(view, [given[i] for i in rows]), strict=True):
+        task = tasks.restore(json.loads(spec))
+
+        def some(part, task=task):
+            view = rack.view([names[i] or None for i in part])
+            said = task.predict(view, [given[i] for i in part])
+            errors.update({part[k]: e for k, e in view.errors.items()})
+            return said
+        said, bad = each(rows, some, alone=len(given) == 1)
+        errors |= bad
+        for i, y in zip(rows, said, strict=True):
             found[i] = y
-        errors |= {rows[k]: e for k, e in view.errors.items()}
     for i, e in errors.items():
         found[i] = {"error": str(e)}
     return given, found, dict(sorted(errors.items()))
