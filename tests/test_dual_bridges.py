@@ -306,3 +306,20 @@ def test_it_learns_and_comes_back_from_disk(tmp_path, file):
     again = luthier.load(made(), tmp_path / "kept")
     near(again.eval()(**b).logits_per_text, tuned.eval()(**b).logits_per_text)
     near(tuned.merge()(**b).logits_per_text, again(**b).logits_per_text)
+
+
+def test_a_merged_pair_is_one_folder_that_any_task_opens(tmp_path, file):
+    m = made()
+    tuned = luthier.attach(m, 'full(at="connector")')
+    with torch.no_grad():
+        for _, p in tuned.trainable():
+            p.add_(0.01)
+    b = given()
+    want = tuned.eval()(**b).logits_per_text
+    tuned.merge()
+    m.write(tmp_path / "dual")
+    again = luthier.zoo.load(str(tmp_path / "dual"))
+    near(again(**b).logits_per_text, want)
+    assert luthier.zoo.about(str(tmp_path / "dual")).kind == "vision-language" and again.fresh is None
+    task = opened(str(tmp_path / "dual"), file)
+    assert "recall@1" in task.evaluate(task.build())

@@ -1,7 +1,7 @@
 """A bridged model in one folder. bridge.json says the way and which two models there are, each by its zoo or timm name or, where it
 is transformers', by a folder inside with its configuration (and tokenizer); model.safetensors holds all tensors, a tied one once.
 
-    write(model, folder)        what Bridged.write does; luthier.zoo.load(folder) reads it. No path in the file is followed out.
+    write(model, folder)        what a bridged model's write() does; luthier.zoo.load(folder) reads it. No path in the file is followed out.
 """
 
 import json
@@ -23,8 +23,8 @@ def write(model, folder, save_file=None):
     from .. import zoo
 
     folder, origin = Path(folder), zoo.about(model)
-    found = dict(format=FORMAT, way=repr(model.way), side=model.side, licence=origin.licence,
-                 image={k: list(v) for k, v in origin.image.items()})
+    found = dict(format=FORMAT, way=repr(model.way), side=model.side, licence=origin.licence, pool=model.pool,
+                 image={k: list(v) if isinstance(v, tuple) else v for k, v in origin.image.items()})
     folder.mkdir(parents=True, exist_ok=True)
     for name, known in zip(PARTS, origin.parts, strict=True):
         found[name] = _described(getattr(model, name), known, folder / name, name)
@@ -90,16 +90,20 @@ def read(folder, dtype=None, weights=True):
     """The model, its connector trained."""
     from .. import zoo
     from . import parse
-    from .model import Bridged
+    from .model import eyes, kind
 
     found, path = facts(folder), Path(folder) / TENSORS
     with torch.random.fork_rng(devices=[]):
-        made = [zoo.load(part(folder, found, name), dtype, weights=False) for name in PARTS]
-        model = Bridged(*made, parse(found["way"]), found["side"])
+        vision, language = (zoo.load(part(folder, found, name), dtype, weights=False) for name in PARTS)
+        model = kind(way := parse(found["way"]))(eyes(vision), language, way, found["side"], 0, str(found.get("pool", "")))
     model.trained = True
     if weights:
         try:
-            lacks, more = model.load_state_dict(state := load_file(path), strict=False)
+            state = load_file(path)
+            for home in [m for m in (model.vision, model.language) if isinstance(getattr(m, "pooler", None), torch.nn.Module)]:
+                if not any(name.split(".")[1] == "pooler" for name in state if getattr(model, name.split(".")[0]) is home):
+                    home.pooler = None                      # the base of a classifier has none
+            lacks, more = model.load_state_dict(state, strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise BadState(f"The tensors in {path} do not fit the model: {str(error).splitlines()[0][:200]} {AGAIN}") from error
         own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

@@ -23,18 +23,23 @@ def bridge(vision, language, with_=DEFAULT, *, seed=0, dtype=None):
     starts untrained, from `seed`."""
     from .. import zoo
     from . import parse
-    from .dual import Dual
 
     way = parse(with_)
     origin = zoo.paired(zoo.about(vision), zoo.about(language), way)
-    eyes, mouth = (m if isinstance(m, nn.Module) else zoo.load(m, dtype) for m in (vision, language))
-    made = Dual if way.makes == Dual.kind else Bridged
-    model = made(_eyes(eyes), mouth, way, (origin.image.get("sizes") or [None])[0], seed, origin.parts[-1].pool)
+    looks, mouth = (m if isinstance(m, nn.Module) else zoo.load(m, dtype) for m in (vision, language))
+    model = kind(way)(eyes(looks), mouth, way, (origin.image.get("sizes") or [None])[0], seed, origin.parts[-1].pool)
     model.luthier_origin = origin
     return model.eval()
 
 
-def _eyes(model):
+def kind(way):
+    """The class of what a way makes."""
+    from .dual import Dual
+
+    return Dual if way.makes == Dual.kind else Bridged
+
+
+def eyes(model):
     """The part of a model that looks or listens."""
     base = getattr(model, "base_model", model)
     if getattr(getattr(base, "config", None), "num_mel_bins", None) and hasattr(base, "get_encoder"):
@@ -101,6 +106,12 @@ class Pair(nn.Module):
     @property
     def has_loss(self):
         return hasattr(self.way, "loss")
+
+    def write(self, folder, save_file=None):
+        """Into a folder that `luthier.zoo.load` reads."""
+        from .folder import write
+
+        return write(self, folder, save_file)
 
     # -- looking ----------------------------------------------------------------------------------------------------
     def blank(self, rows=1):
@@ -305,12 +316,6 @@ class Bridged(Pair):
     def objective(self, out, labels, words=None):
         """What the way adds to the loss of the text."""
         return self.way.loss(self, out["front"], labels, words)
-
-    def write(self, folder, save_file=None):
-        """Into a folder that `luthier.zoo.load` reads."""
-        from .folder import write
-
-        return write(self, folder, save_file)
 
     def generate(self, input_ids=None, attention_mask=None, pixel_values=None, image_mask=None, image_states=None,
                  input_features=None, image_places=None, **more):

@@ -189,11 +189,12 @@ def paired(vision, language, way):
 def _bridged(folder, ref, licence=None):
     """The Origin of a bridged model in a folder."""
     from ..bridges import folder as bridges
+    from ..bridges import parse
 
     facts = bridges.facts(folder)
     parts = tuple(about(bridges.part(folder, facts, p)) for p in bridges.PARTS)
-    image = {k: tuple(v) for k, v in facts["image"].items()}
-    return Origin(str(ref), "image-text", licence or facts["licence"], parts[1].folder, image, longest=parts[1].longest, parts=parts)
+    image = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["image"].items()}
+    return Origin(str(ref), parse(facts["way"]).makes, licence or facts["licence"], parts[1].folder, image, longest=parts[1].longest, parts=parts)
 
 
 def lasting(ref):
