@@ -93,8 +93,8 @@ TASK = (
     arg("--pool", metavar="NAME", help="how features become one vector (cls, mean, cls+mean, last)"),
     arg("--template", metavar="TEXT", help="class-names: the text of a class, with {} for its name (\"a photo of a {}.\")"),
     arg("--shots", type=whole(1), metavar="N", help="class-names: training rows of each class; with --concepts, of each concept"),
-    arg("--concepts", metavar="DATA", help="pairs of image and text: train on those that give each class of these labelled images "
-                                           "--shots rows"),
+    arg("--concepts", metavar="DATA", help="pairs of image and text: train on those that give each class of these labelled "
+                                           "images --shots rows"),
     arg("--judge", metavar="M", help="with --concepts: the dual encoder that says which text is near which concept"),
 )
 BUDGET = (
@@ -242,7 +242,7 @@ def _tune(a, model, chain):
         print(f"Saved in {a.out}. Next: luthier predict {folder} INPUT, or luthier merge {folder} --out MODEL_DIR")
 
 
-@command(arg("vision", metavar="VISION", help="the model that looks or listens: a zoo name, a local folder, a hub id, or timm:NAME"),
+@command(arg("vision", metavar="VISION", help="the model that looks or listens: a zoo name, a folder, a hub id, or timm:NAME"),
          arg("language", metavar="LANGUAGE", help="the model that writes"),
          arg("--with", dest="way", metavar="WAY", help="the bridge between them (default: one linear map)"),
          arg("--data", required=True, metavar="PAIRS", help="rows of an image or several, a prompt if any, and a response: "

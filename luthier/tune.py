@@ -138,21 +138,21 @@ def each(numbers, predict, alone=True):
 
 
 def inputs(task, sources):
-    """What a user gives to predict: texts, image files, folders of images, files of rows (.txt: one a line), - for stdin. Where a
-    task takes images and a text, every text is asked of every image."""
+    """What a user gives to predict: texts, image (or sound) files, folders of them, files of rows (.txt: one a line), - for stdin.
+    Where a task takes images and a text, every text is asked of every image."""
     from .tasks.read import SUFFIXES, suffix
     from .tasks.source import IMAGES
 
     if "image" not in task.roles:
         return [x for source in sources for x in _inputs(source)]
-    shown, asked, asks = [], [], getattr(task, "asks", None)
+    shown, asked, asks, endings = [], [], getattr(task, "asks", None), getattr(task, "endings", IMAGES)
     for source in map(str, sources):
         if os.path.isdir(source):
-            found = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in IMAGES)
+            found = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in endings)
             if not found:
-                raise DoesNotFit(f"The folder {source} holds no image ({' '.join(IMAGES)}).")
+                raise DoesNotFit(f"The folder {source} holds no {'sound' if endings != IMAGES else 'image'} ({' '.join(endings)}).")
             shown += found
-        elif source.lower().endswith(IMAGES):
+        elif source.lower().endswith(endings):
             shown.append(source)
         elif suffix(source) in SUFFIXES and suffix(source) != ".txt" and os.path.isfile(source):
             shown += _rows(task, source)

@@ -15,6 +15,7 @@ from luthier.errors import BadData, DoesNotFit
 from luthier.save import fingerprint
 from luthier.tasks.audio import Clips, samples
 from luthier.train import train
+from luthier.tune import inputs
 
 
 def ears():
@@ -195,12 +196,16 @@ def test_a_model_of_sounds_learns_answers_and_refuses(tmp_path):
     train(tuned, task, epochs=15, batch_size=6, lr=1e-2, progress=False, log=False)
     with task.seeing(tuned):
         assert task.loss(tuned, task.collate(list(task.examples("train")))).item() < start
+    path = str(tmp_path / "a.WAV")
+    assert inputs(task, [path, "Is <clip> low?"]) == [{"image": path, "prompt": "Is <clip> low?"}]
     scores = task.evaluate(tuned)
     assert 0 <= scores["accuracy"] <= 1 and scores["n"] == 12
     said = task.predict(tuned, [{"audio": sounds.sound(1).wave(), "prompt": "Is the sound <clip> low or high?"}])
     assert len(said) == 1 and isinstance(said[0]["text"], str)
     with pytest.raises(BadData, match="not a sound that can be read.*WAV"):
         task.predict(tuned, [{"audio": "nothing.wav", "prompt": ""}])
+    with pytest.raises(BadData, match="2 times.*1 sounds"):
+        task.predict(tuned, [{"audio": sounds.sound(1).wave(), "prompt": "Is <clip> higher than <clip>?"}])
     rows = [{"audio": ["a.wav", "b.wav"], "prompt": "Is <clip> it?", "response": "no"}] * 12
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(BadData, match="1 times.*2 sounds"):

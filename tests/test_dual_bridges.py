@@ -82,7 +82,8 @@ def test_sails_loss_by_hand():
     logits = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0], [-1.0, 2.0]])
     same = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
     sign = [[1, -1], [-1, 1], [1, -1], [-1, 1]]
-    want = sum(math.log1p(math.exp(-s * v)) for r, q in zip(sign, logits.tolist(), strict=True) for s, v in zip(r, q, strict=True))
+    both = zip(sum(sign, []), logits.flatten().tolist(), strict=True)
+    want = sum(math.log1p(math.exp(-s * v)) for s, v in both)
     assert abs(parse("sail()").loss(logits, same).item() - want / 8) < 1e-6
 
 

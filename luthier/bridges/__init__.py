@@ -1,5 +1,5 @@
-"""Bridges between a vision model (or an audio encoder) and a language model: one small file a published way. Ways that make a dual
-encoder of two encoders, such as sail, are told in dual.py.
+"""Bridges between a vision model (or an audio encoder) and a language model: one small file a published way. Ways that make a
+dual encoder of two encoders, such as sail, are told in dual.py.
 
     model = luthier.bridge("dinov2-s", "smollm2-135m", "limber()")      # in text: dinov2-s+smollm2-135m:limber()
     tuned = luthier.attach(model, 'full(at="connector") >> lora(at="text.attn.q text.attn.v")')

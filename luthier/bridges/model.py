@@ -1,6 +1,6 @@
 """Two models made one: a vision model looks (or an audio encoder listens), a connector maps what it saw, a language model writes
-(Bridged) or reads (Dual, in dual.py). Nothing of the two is written; the result is an ordinary nn.Module, so methods, training, cost and files know nothing of
-bridges."""
+(Bridged) or reads (Dual, in dual.py). Nothing of the two is written; the result is an ordinary nn.Module, so methods, training,
+cost and files know nothing of bridges."""
 
 import inspect
 from contextlib import contextmanager, suppress
@@ -117,8 +117,9 @@ class Pair(nn.Module):
     def blank(self, rows=1):
         """What eyes that see nothing are given: images; of ears, log-mel spectra (rows, bins, frames)."""
         like, config = next(self.vision.parameters()), getattr(self.vision, "config", None)
-        bins = getattr(config, "num_mel_bins", None)
-        return like.new_zeros(rows, bins, 2 * config.max_source_positions) if bins else like.new_zeros(rows, 3, self.side, self.side)
+        if bins := getattr(config, "num_mel_bins", None):
+            return like.new_zeros(rows, bins, 2 * config.max_source_positions)
+        return like.new_zeros(rows, 3, self.side, self.side)
 
     def see(self, pixel_values):
         """What the connector reads of images, (B, N, ...): may be computed once and given as image_states ever after."""
@@ -176,10 +177,10 @@ class Pair(nn.Module):
 
 
 class Bridged(Pair):
-    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer; or
-    about sounds, input_features (B, F, T) or (B, N, F, T). Images stand in front of the text, or where image_places (B, N) says:
-    each before so many of its tokens. Logits are those of the text alone; without images they are the language model's own, to
-    the bit. asked (B,): how many tokens of a row are its instruction, for ways that heed it; else all, or all without a label."""
+    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer,
+    or about sounds, input_features (B, F, T) or (B, N, F, T). Images stand in front of the text, or where image_places (B, N)
+    says: each before so many of its tokens. Logits are those of the text alone; without images they are the language model's own,
+    to the bit. asked (B,): how many tokens of a row are its instruction, for ways that heed it; else all, or all without a label."""
 
     main_input_name = "input_ids"
 
@@ -214,13 +215,13 @@ class Bridged(Pair):
         if self.way.heeds:                                  # the instruction's embeddings and mask, for each image
             asked = there if asked is None else there * asked
             heeded = text.repeat_interleave(N, 0), asked.repeat_interleave(N, 0)
-        front = self.way.prompt(self.connector, states.flatten(0, 1), *heeded).unflatten(0, (B, N)).to(text.dtype)    # (B, N, T, D)
+        front = self.way.prompt(self.connector, states.flatten(0, 1), *heeded).unflatten(0, (B, N)).to(text.dtype)
         shown = there.new_ones(B, N) if image_mask is None else image_mask.to(there)
         seen = shown[:, :, None] * (torch.arange(front.shape[2], device=there.device) >= self.way.hidden)
         run, at = Run(self, states, shown, front.flatten(1, 2)), None
         if places is not None:
             if hasattr(self.way, "within"):
-                raise DoesNotFit(f"{type(self.way).__name__} has its images in front of the text; image_places are for other ways.")
+                raise DoesNotFit(f"{type(self.way).__name__} has its images in front of the text, so it takes no image_places.")
             places = places + there.argmax(1, keepdim=True) - 0.5          # counted from a row's first token
             text_at = torch.arange(text.shape[1], device=there.device).expand(B, -1)
             at = torch.cat([places.repeat_interleave(front.shape[2], 1), text_at], 1).argsort(stable=True, dim=1)

@@ -1,5 +1,5 @@
 """Gated heads over two frozen encoders, and a sigmoid for every pair of image and caption.
-    f(x) = G (relu6(A LN(x)) ∘ B LN(x)),    A, B: (8d, d);    L = -mean log σ(±(exp(s) cos(f, g) + b)),  + where they belong together
+    f(x) = G (relu6(A LN(x)) ∘ B LN(x)),    A, B: (8d, d);    L = -mean log σ(±(exp(s) cos(f, g) + b)),  + of true pairs
 Zhang et al., Assessing and Learning Alignment of Unimodal Vision and Language Models (SAIL), 2024. arXiv:2412.04616, with the
 authors' code: x of an image is [CLS; mean of the patches], of a text its sentence's vector; exp(s) starts at 20, b at -10. Each
 image has a second positive, a caption more (the task's role `extra`), against which all images of the batch are set, too. With

@@ -8,7 +8,7 @@ from luthier.tasks.dual import Named
 
 CONNECTOR = 'full(at="connector")'
 VISIONS, TEXTS = ("dinov2-s", "effnet-lite0"), ("minilm", "smollm2-135m", "stories260k")
-SIDE = 56
+SIDE, RANKED = 56, dict(train=300, val=100, test=50)         # what six pairs of encoders are ranked by
 
 
 def pairs(model, data="scenes:retrieval", train=600, val=100, test=100, **options):
@@ -40,10 +40,11 @@ def arms(given, seeds, steps, batch, rates):
 
 def finals(way, steps, batch, lr, seeds=(0, 1), visions=VISIONS, texts=TEXTS):
     """{"VISION+TEXT": mean zero-shot accuracy} of every pair of encoders, bridged by `way`."""
-    found = {}
+    found, memory = {}, {}
     for vision in visions:
         for text in texts:
-            task, scores = pairs(f"{vision}+{text}:{way}"), []
+            task, scores = pairs(f"{vision}+{text}:{way}", **RANKED), []
+            task.memory = memory
             named = names(task.model)
             for seed in seeds:
                 scores.append(zero_shot(_bench.trained(task, CONNECTOR, seed, lr, steps, batch, head=False), named))

@@ -19,8 +19,8 @@ from luthier.save import fingerprint
 SYSTEM, METHODS, SEEDS, MINUTES = "C035", ("full",), (0, 1, 2), 8
 CLAIM = "Similarity before training ranks zero-shot accuracy; only projectors train; balanced pairs beat as many random ones"
 BASELINE = "as many pairs drawn at random from the same pool, at their own best learning rate"
-MODEL, DATA = "dinov2-s + minilm; six pairs are ranked", "scenes of one shape: a pool of 3000 pairs, skewed, of which 240 are kept"
-POOL, KEPT, STEPS, BATCH, RATES, WAY = 3000, 6, 150, 64, (3e-4, 1e-3, 3e-3), "projectors(dim=256)"
+MODEL, DATA = "dinov2-s + minilm; six pairs are ranked", "scenes of one shape: 240 of a skewed pool of 3000 pairs"
+POOL, KEPT, STEPS, BATCH, RATES, WAY = 3000, 6, 150, 64, (1e-3, 3e-3), "projectors(dim=256)"
 NAMES = [(c, s) for c in scenes.COLOURS for s in scenes.SHAPES]
 
 
@@ -54,7 +54,7 @@ def run(seeds, steps=STEPS, visions=_encoders.VISIONS, texts=_encoders.TEXTS, n=
                           for k, t in (("balanced", balanced), ("random", drawn))}
         after = drawn.build(0)
         facts["frozen"] = before == (fingerprint(after.vision), fingerprint(after.language))
-    rows = rank("scenes:retrieval", visions, texts, image_size=_encoders.SIDE, limit=dict(train=600, val=100, test=100))
+    rows = rank("scenes:retrieval", visions, texts, image_size=_encoders.SIDE, limit=_encoders.RANKED)
     facts["cka"] = {f"{r['vision']}+{r['language']}": r["cka"] for r in rows}
     facts["final"] = _encoders.finals(WAY, steps, BATCH, 1e-3, visions=visions, texts=texts)
     return {"per_seed": per_seed, "facts": facts}
@@ -63,7 +63,7 @@ def run(seeds, steps=STEPS, visions=_encoders.VISIONS, texts=_encoders.TEXTS, n=
 def verdict(figures):
     f = figures["facts"]
     rho = _encoders.spearman(f["cka"], f["final"])
-    told = ", ".join(f"{k} {f['cka'][k]:.3f} / {f['final'][k]:.3f}" for k in sorted(f["final"], key=f["final"].get, reverse=True))
+    told = ", ".join(f"{k} {f['cka'][k]:.3f} / {x:.3f}" for k, x in sorted(f["final"].items(), key=lambda kx: -kx[1]))
     return judge(
         [beats(figures, "balanced.zero_shot", "random.zero_shot",
                f"zero-shot accuracy, {f['rows']['balanced']} balanced pairs ({f['kinds']['balanced']} of 40 names) against "

@@ -1,8 +1,8 @@
 """Sounds as soft prompts of a frozen language model. Liang et al., Acoustic Prompt Tuning, 2023, arXiv:2312.00249.
 
-Tones, beeps and hiss made by code: one clip and one of three questions, or two clips between the words of a question that compares
-them (NLAR's form). No sound of the test part is in training. Blind arms hear one clip whatever the row's own is: what they come to
-is chance."""
+Tones, beeps and hiss made by code: one clip and one of three questions, or two clips between the words of a question that
+compares them (NLAR's form). No sound of the test part is in training. Blind arms hear one clip whatever the row's own is: what
+they come to is chance."""
 
 import torch
 
@@ -38,7 +38,8 @@ def heeded(tuned, given):
             made = []
             for ids in asks:
                 ids = torch.tensor([ids])
-                made.append(base.way.prompt(base.connector, states, base.language.get_input_embeddings()(ids), torch.ones_like(ids)))
+                words = base.language.get_input_embeddings()(ids)
+                made.append(base.way.prompt(base.connector, states, words, torch.ones_like(ids)))
             found += [float((a - made[0]).norm() / made[0].norm()) for a in made[1:]]
     return sum(found) / len(found)
 
@@ -78,6 +79,6 @@ def verdict(figures):
         [beats(figures, "ask", "ask_blind", "a clip's kind, pitch and length against hearing one clip for all"),
          beats(figures, "compare", "compare_blind", "which of two clips, against hearing one clip for all"),
          beats(figures, "ask", "ask_unheeding", "an aligner that sees the instruction against one that does not")],
-        [fact(f["heeded"] > 0.01, f"another instruction moves a clip's prompts by {f['heeded']:.0%} of their size, needed above 1%"),
+        [fact(f["heeded"] > 0.01, f"another question moves a clip's prompts by {f['heeded']:.0%} of their size, needed above 1%"),
          fact(f["untouched"], "text alone gives the language model's own logits to the bit"),
          fact(all(f["frozen"].values()), "audio encoder and language model keep their bits")])

@@ -20,7 +20,7 @@ def cka(X, Y):
 
 @torch.no_grad()
 def states(task, model, split="train", batch_size=64):
-    """What the two frozen encoders of sail's bridge make of a task's pairs: the means of images' states, and captions' vectors."""
+    """What the frozen encoders of sail's bridge make of a task's pairs: the means of images' states, and captions' vectors."""
     found = []
     with task.seeing(model):
         for batch in task.batches(split, batch_size, shuffle=False):
@@ -44,7 +44,8 @@ def rank(data, visions, languages, *, steps=0, lr=1e-3, batch_size=64, seed=0, d
             model = task.build(seed).requires_grad_(False)
             row = {"vision": str(vision), "language": str(language), "cka": cka(*states(task, model))}
             if steps:
-                tuned, _ = fit(task, model.fresh[1], seed=seed, batch_size=batch_size, steps=steps, lr=lr, progress=False, log=False)
+                tuned, _ = fit(task, model.fresh[1], seed=seed, batch_size=batch_size, steps=steps, lr=lr, progress=False,
+                               log=False)
                 row |= {k: v for k, v in task.evaluate(tuned, "val").items() if "@" in k}
             found.append(row)
     return sorted(found, key=lambda row: (row.get("recall@1", 0), row["cka"]), reverse=True)

@@ -1,5 +1,5 @@
-"""Sounds and a text in, a text out: what is heard, and what two clips have in common. A row has a sound or a list of them, a prompt
-if anything is asked, the response. Sounds stand in front of the text, or where the prompt says <clip>, as often as there are sounds.
+"""Sounds and a text in, a text out: what is heard, and what two clips have in common. A row has a sound or a list of them, a
+prompt if anything is asked, the response. Sounds stand in front of the text, or where the prompt says <clip>, once for each.
 All else is as with images (imagetext.py)."""
 
 import io
@@ -65,6 +65,7 @@ def samples(item, base="."):
 class AudioToText(ImageToText):
     kind = "audio-to-text"
     reads = ("audio-text",)
+    endings = WAV
     what, one, form = "sound", "a sound", "a path to a WAV file of 16,000 samples a second, its bytes, or an array (n,)"
 
     def __init__(self, model=None, *, roles=None, **more):
@@ -99,6 +100,7 @@ class AudioToText(ImageToText):
         return sum(self.pieces(prompt), []) or super().ask("")
 
     def encode(self, table, album=None):
+        self.check(table)
         rows = super().encode(table, album)
         prompts = self.column(table, "prompt") if "prompt" in self.roles else [""] * len(rows)
         for row, prompt in zip(rows, prompts, strict=True):

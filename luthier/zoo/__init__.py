@@ -194,7 +194,8 @@ def _bridged(folder, ref, licence=None):
     facts = bridges.facts(folder)
     parts = tuple(about(bridges.part(folder, facts, p)) for p in bridges.PARTS)
     image = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["image"].items()}
-    return Origin(str(ref), parse(facts["way"]).makes, licence or facts["licence"], parts[1].folder, image, longest=parts[1].longest, parts=parts)
+    return Origin(str(ref), parse(facts["way"]).makes, licence or facts["licence"], parts[1].folder, image,
+                  longest=parts[1].longest, parts=parts)
 
 
 def lasting(ref):

