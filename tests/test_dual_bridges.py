@@ -206,6 +206,15 @@ def test_names_are_told_by_a_bridged_pair():
     assert m.fresh[0] is dual.connector
 
 
+def test_what_nothing_tunes_drops_nothing_where_that_is_known():
+    m = made()
+    luthier.attach(m, 'full(at="connector") >> lora(at="text.attn.q", rank=2)').train()
+    assert not m.vision.training and m.language.training and m.connector.training
+    named = Named(made(), TOKENS, ["red round", "blue flat"])
+    luthier.attach(named, 'full(at="connector") >> lora(at="vision.attn.q", rank=2)').train()
+    assert named.dual.vision.training
+
+
 def test_words_are_looked_up_in_a_bridged_text_tower():
     m = Named(made(), TOKENS, ["red round", "blue flat"]).eval()
     x = given()["pixel_values"]

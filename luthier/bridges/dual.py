@@ -58,11 +58,9 @@ class Dual(Pair):
                              "such as minilm.") from error
         return states.shape[-1] - (states.dim() == 3)
 
-    def train(self, mode=True):
-        super().train(mode)
-        if mode and self.still(self.language):
-            self.language.eval()
-        return self
+    @property
+    def frozen(self):
+        return self.vision, self.language
 
     @property
     def logit_scale(self):

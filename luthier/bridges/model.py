@@ -97,11 +97,20 @@ class Pair(nn.Module):
         return not any(p.requires_grad for p in part.parameters()) and not (host and host.touches(set(part.modules())))
 
     def train(self, mode=True):
-        """Training mode; eyes that nothing tunes drop nothing."""
+        """Training mode; a part that nothing tunes drops nothing. Whether that is so is known where the methods are on this model
+        itself, not on one around it."""
+        from ..host import Host
+
         super().train(mode)
-        if mode and self.still():
-            self.vision.eval()
+        for part in self.frozen if mode and Host.of(self) else ():
+            if self.still(part):
+                part.eval()
         return self
+
+    @property
+    def frozen(self):
+        """What may be computed once where nothing tunes it."""
+        return self.vision,
 
     @property
     def has_loss(self):
@@ -177,10 +186,11 @@ class Pair(nn.Module):
 
 
 class Bridged(Pair):
-    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have fewer,
-    or about sounds, input_features (B, F, T) or (B, N, F, T). Images stand in front of the text, or where image_places (B, N)
-    says: each before so many of its tokens. Logits are those of the text alone; without images they are the language model's own,
-    to the bit. asked (B,): how many tokens of a row are its instruction, for ways that heed it; else all, or all without a label."""
+    """A language model that writes about images, (B, 3, H, W), or (B, N, 3, H, W) with image_mask (B, N) where rows have
+    fewer, or about sounds, input_features (B, F, T) or (B, N, F, T). Images stand in front of the text, or where image_places
+    (B, N) says: each before so many of its tokens. Logits are those of the text alone; without images they are the language
+    model's own, to the bit. asked (B,): how many tokens of a row are its instruction, for ways that heed it; else all, or all
+    without a label."""
 
     main_input_name = "input_ids"
 
