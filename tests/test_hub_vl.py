@@ -426,3 +426,53 @@ def test_a_row_of_a_task_that_is_not_known_is_left_out(tmp_path, folders_of):
         task = tasks.open(path, model=folders_of("blip"), columns=dict(task="task"))
         assert sum(task.size(s) for s in ("train", "val", "test")) == 299
         assert any("line 8: there is no task" in n for n in task.notes), task.notes
+
+
+def test_rows_of_several_states_over_one_model_of_the_hub(tmp_path, folders_of, album, capsys):
+    for name, chain in (("a", "lora(rank=2)"), ("b", "ia3()")):
+        code, _, told = run(capsys, "tune", pairs(tmp_path / "data"), "--model", folders_of("llava"), "--with", chain, "--out",
+                            tmp_path / "rack" / name, "--epochs", "2", "--lr", "0.05", "--log", "none")
+        assert code == 0, told
+    rows = [dict(image=f"album/{k}.png", question="what is it", adapter=name) for k, name in enumerate(("a", "b", "a"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, said, told = run(capsys, "predict", "--rack", tmp_path / "rack", tmp_path / "rows.jsonl", "--json")
+    assert code == 0, told
+    for k, name in enumerate(("a", "b", "a")):
+        task, model = luthier.tune.reopen(tmp_path / "rack" / name)
+        assert json.loads(said)[k] == task.predict(model, [(str(album / f"{k}.png"), "what is it")])[0]
+
+
+def test_bad_rows_are_judged_by_all_rows(tmp_path, folders_of):
+    """One of five in the part for validation is one of hundreds; a part without any good row is refused."""
+    rows = list(map(json.loads, pairs(tmp_path, 400).read_text().splitlines()))
+    for split, at in (("train", range(395)), ("val", range(395, 400))):
+        text = "".join(json.dumps(rows[i] | dict(image="gone.png") if i == 397 else rows[i]) + "\n" for i in at)
+        (tmp_path / f"x_{split}.jsonl").write_text(text)
+    task = tasks.open(tmp_path / "x_train.jsonl", model=folders_of("blip"))
+    assert any("x_val.jsonl, line 3" in n for n in task.notes)
+    (tmp_path / "x_val.jsonl").write_text("".join(json.dumps(r | dict(image="gone.png")) + "\n" for r in rows[:2]))
+    with pytest.raises(BadData, match="in all 2 of 2 rows cannot be used"):
+        tasks.open(tmp_path / "x_train.jsonl", model=folders_of("blip"))
+
+
+def test_one_odd_cell_does_not_change_what_the_columns_mean(tmp_path, folders_of):
+    path = pairs(tmp_path, 300)
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    for cell in (dict(image="."), dict(image=[["0.png"]]), dict(image="a picture"), dict(image={}), dict(question=dict(a=1))):
+        path.write_text("".join(json.dumps(r | cell if i == 3 else r) + "\n" for i, r in enumerate(rows)))
+        task = tasks.open(path, model=folders_of("blip"))
+        assert task.kind == "image-to-text" and sum(task.size(s) for s in ("train", "val", "test")) == 299, cell
+        assert any("line 4: " in n for n in task.notes)
+
+
+def test_an_image_token_in_a_prompt_is_no_image(tmp_path, folders_of):
+    for name in ("llava", "llava_bare", "blip2"):
+        path = pairs(tmp_path / name, change={3: dict(question="<image> what is it <image>")})
+        task = tasks.open(path, model=folders_of(name))
+        assert len({tuple(e["ask"]) for s in ("train", "val", "test") for e in task.examples(s)}) == 1
+
+
+def test_a_size_that_the_eyes_cannot_look_at_is_refused(tmp_path):
+    pair = f"{hubs.folders.vit(tmp_path / 'vit')}+{hubs.folders.llama(tmp_path / 'llama')}:limber(tokens=2)"
+    with pytest.raises(DoesNotFit, match="image_size=2: .* cannot look at images of that size"):
+        tasks.open(pairs(tmp_path / "a"), model=pair, image_size=2).build()

@@ -9,11 +9,15 @@ from .roles import parts
 from .split import divide, order, shares
 
 
+UNREADABLE = 0.01              # share of all rows that may be of no use before the data is refused
+
+
 class Task:
     kind = ""
     reads = ()                                       # kinds of models that can do it
     metrics = ()                                     # the first is the default primary one
     higher = True                                    # whether more of the metric is better
+    bad = 0                                          # rows that cannot be used, so far
 
     def __init__(self, model=None, *, source="", roles=None, metric=None, tokenizer=None, **options):
         self.model, self.source, self.roles, self.notes = model, source, dict(roles or {}), []
@@ -52,6 +56,12 @@ class Task:
             most = limit.get(name) if isinstance(limit, dict) else limit
             self.limit(name, most, seed)
         return self
+
+    def too_many(self, bad, table, least=0):
+        """Whether `bad` rows of a table that cannot be used are, with those found before, more than UNREADABLE of all rows; a table
+        counts as `least` at least."""
+        self.bad += bad
+        return bad == len(table) or self.bad > UNREADABLE * max(sum(map(len, self.tables.values())), least * len(self.tables))
 
     def check(self, table):
         """Refuse rows that cannot be read, before anything is learned from them."""

@@ -91,6 +91,8 @@ class Hub:
     # -- text -----------------------------------------------------------------------------------------------------------
     def ask(self, prompt, images, side, tokenizer):
         """(ids before the answer, the text for the processor) of a prompt and its images, uint8 (3, h, w) each."""
+        if self.token is not None:                           # where images stand is ours to say
+            prompt = prompt.replace(self._mark(tokenizer), " ").strip()
         key = prompt, tuple(tuple(x.shape) for x in images)
         if key not in self._asked:
             self._asked[key] = self._ids(prompt, images, side, tokenizer)
@@ -111,8 +113,7 @@ class Hub:
             said = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}] * bool(prompt.strip())
             texts = [self.processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)]
         else:                                            # some put the tokens in themselves, others want to be told where
-            mark = getattr(self.processor, "image_token", None) or tokenizer.convert_ids_to_tokens(self.token)
-            texts = [line, getattr(mark, "content", mark) * len(images) + line]
+            texts = [line, self._mark(tokenizer) * len(images) + line]
         for text in texts:
             try:
                 made = self._run(images, text)
@@ -126,6 +127,10 @@ class Hub:
                 return ids[:-1] if not self.apart and ids[-1] == tokenizer.eos_token_id else ids, text
         raise DoesNotFit(f"The processor of {self.origin.ref} does not take {len(images)} images and a text ({str(why)[:200]}). Put the "
                          "model's own processor beside it.")
+
+    def _mark(self, tokenizer):
+        mark = getattr(self.processor, "image_token", None) or tokenizer.convert_ids_to_tokens(self.token)
+        return getattr(mark, "content", mark)
 
     def _run(self, images, text):
         from PIL import Image

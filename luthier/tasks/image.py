@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import BadData
+from .base import UNREADABLE
 from .classify import Labelled
 
 BUDGET = 2 << 30               # bytes of decoded images that are kept; beyond it they are decoded again each time
-UNREADABLE = 0.01              # share of images that may be broken before the data is refused
 HUGE = 20_000_000              # pixels; Pillow itself refuses nine times as many
 TREATED = dict.fromkeys(("1", "L", "LA", "I", "F"), "grey: made RGB") | {"CMYK": "CMYK: made RGB"} | dict.fromkeys(
     ("RGBA", "PA"), "transparent: what lies below shows")
@@ -24,12 +24,12 @@ def decode(item, side, base=".", told=None):
     images that are not plain."""
     from PIL import Image, ImageOps
     box, item = None, item() if callable(item) else item             # what is drawn when it is looked at
+    if isinstance(item, dict):                       # how hub data sets store an image
+        box, item = item.get("box"), item.get("bytes") or item.get("path")
     if item is None or isinstance(item, str) and not item.strip():
         raise ValueError("no image is named")
     if isinstance(item, list | tuple | bool | int | float):
         raise ValueError(f"{str(item)[:60]} is no image" + (", and one is wanted, not a list" if isinstance(item, list | tuple) else ""))
-    if isinstance(item, dict):                       # how hub data sets store an image
-        box, item = item.get("box"), item.get("bytes") or item.get("path")
     if isinstance(item, np.ndarray) or torch.is_tensor(item):
         array = np.asarray(item)
         if array.dtype != np.uint8:
@@ -119,7 +119,7 @@ class ImageClassification(Labelled):
         return source.parent if source.is_file() else Path(".")
 
     def readable(self, table):
-        """The table without images that cannot be decoded; refused when they are more than UNREADABLE of it."""
+        """The table without images that cannot be decoded; refused when they are more than UNREADABLE of all."""
         images = Images(self.column(table, "image"), self.targets(table), self.side, self.base(table))
         bad, good, told = {}, [], Counter()
         for i, item in enumerate(images.items):
@@ -129,7 +129,7 @@ class ImageClassification(Labelled):
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad[i] = error
         self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
-        if len(bad) > UNREADABLE * len(images):
+        if bad and self.too_many(len(bad), table):
             i, error = next(iter(bad.items()))
             raise BadData(f"{table.where(i)}: the image cannot be read ({str(error)[:160] or type(error).__name__}); in all "
                           f"{len(bad)} of "

@@ -96,7 +96,7 @@ class ImageToText(Language):
         bad = [i for i, kind in enumerate(kinds) if not isinstance(kind, str) or kind not in ROW_KINDS]
         for i in bad[:1]:
             kind = kinds[i]
-            if len(bad) > UNREADABLE * len(table):
+            if self.too_many(len(bad), table):
                 raise BadData(f"{table.where(i)}: there is no task {kind!r}. {nearest(kind, ROW_KINDS)} The column "
                               f"{self.roles['task']!r} may hold {', '.join(ROW_KINDS)}.")
             self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: there is no task {kind!r}")
@@ -139,9 +139,13 @@ class ImageToText(Language):
         return [[album.add(x, base) for x in (v if isinstance(v, list | tuple) else [v]) if real(x)] for v in rows]
 
     def readable(self, table):
-        """The table without rows that cannot be used; refused when they are more than UNREADABLE of it."""
+        """The table without rows that cannot be used; refused when they are more than UNREADABLE of all."""
         bad, told, album = {}, Counter(), self.album
+        asked = self.column(table, "prompt") if "prompt" in self.roles else [None] * len(table)
         for i, (shown, answers) in enumerate(zip(self.shown(table, album), self.answers(table), strict=True)):
+            if isinstance(asked[i], list | tuple | dict | bytes):
+                bad[i] = f"the prompt (column {self.roles['prompt']!r}) is no text"
+                continue
             if not shown or not answers:
                 bad[i] = f"the response (column {self.roles['response']!r}) is empty or no text" if shown else \
                     f"no {self.what} is named (column {self.roles['image']!r})"
@@ -153,7 +157,7 @@ class ImageToText(Language):
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad[i] = f"the {self.what} cannot be read ({str(error)[:160] or type(error).__name__})"
         self.notes += [f"{n:,} {self.what}s are {what}" for what, n in told.items()]
-        if len(bad) > UNREADABLE * len(table):
+        if bad and self.too_many(len(bad), table):
             i, why = next(iter(bad.items()))
             raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
                           f"{UNREADABLE:.0%} may be so. Mend or remove them.")
@@ -324,6 +328,13 @@ class ImageToText(Language):
             table = self.rows(np.zeros((self.side, self.side, 3), np.uint8))
             self.hub.fits(model, self.outputs_of, self.collate(self.encode(table, Album(self.side))))
             return model
+        if self.options.get("image_size"):
+            try:
+                with torch.no_grad():
+                    model.see(torch.zeros(1, 3, self.side, self.side))
+            except RuntimeError as error:
+                raise DoesNotFit(f"image_size={self.side}: {self.origin.ref} cannot look at images of that size ({str(error)[:160]}). "
+                                 "Leave it out, or take a larger one.") from error
         return model.draw(seed)
 
     def loss(self, model, batch):

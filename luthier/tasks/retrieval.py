@@ -52,7 +52,7 @@ class Retrieval(ImageClassification):
                     rows.append((i, " ".join(text.split())))
                 else:
                     bad.append(i)
-        if len(bad) > UNREADABLE * max(len(rows), 100):
+        if bad and self.too_many(len(bad), table, least=100):
             raise BadData(f"{table.where(bad[0])}: the caption (column {caption!r}) is empty; in all {len(bad)} are, and at most "
                           f"{UNREADABLE:.0%} may be. Fill them in or drop the rows.")
         if bad:

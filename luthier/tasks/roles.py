@@ -66,6 +66,12 @@ def is_text(values):
     return any(isinstance(v, str) for v in values) and all(isinstance(v, str) or v is None for v in values)
 
 
+def mostly_text(values):
+    """Nine in ten are texts; the others are counted later, as rows that cannot be used."""
+    there = [isinstance(v, str) for v in values if v is not None]
+    return any(there) and sum(there) >= 0.9 * len(there)
+
+
 def is_list(values):
     return any(isinstance(v, Sequence) and not isinstance(v, (str, bytes)) for v in values)
 
@@ -73,9 +79,8 @@ def is_list(values):
 def is_image(values):
     values = [x for v in values for x in (v if isinstance(v, list | tuple) else [v])
               if not (x is None or isinstance(x, str) and not x.strip())]        # a row may lack its image
-    return bool(values) and all(isinstance(v, (bytes, dict)) or hasattr(v, "shape") or hasattr(v, "convert") for v in values) or (
-        is_text(values) and all(str(v).lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"))
-                                for v in values))
+    return sum(isinstance(v, bytes | dict) or hasattr(v, "shape") or hasattr(v, "convert") or isinstance(v, str) and v.lower().endswith(
+        (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")) for v in values) >= max(1, 0.9 * len(values))
 
 
 def is_audio(values):
@@ -166,7 +171,7 @@ def _pick(role, columns, forced, by_name, said=False):
         "image": is_image, "mask": is_image, "phrase": is_text, "audio": is_audio, "tokens": is_list, "tags": is_list,
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
-        "text": is_text, "text_pair": is_text, "prompt": is_text, "task": is_class,
+        "text": is_text, "text_pair": is_text, "prompt": mostly_text if said else is_text, "task": is_class,
         "response": (lambda v: True) if said else is_text, "caption": lambda v: is_text(v) or is_list(v),
         "extra": is_text, "attribute": is_class, "object": is_class, "domain": is_class,
     }[role]

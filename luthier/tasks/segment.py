@@ -129,7 +129,7 @@ class TextSegmentation(ImageClassification):
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad[i] = f"the image or mask cannot be used ({str(error)[:160] or type(error).__name__})"
         self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
-        if len(bad) > UNREADABLE * len(table):
+        if bad and self.too_many(len(bad), table):
             i, why = next(iter(bad.items()))
             raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
                           f"{UNREADABLE:.0%} may be so. Mend or remove them.")
