@@ -38,8 +38,10 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     tuned = ready(task, chain, seed, batch_size)
     extra = {"task": task.spec(), "seed": seed}
     try:
-        history = dict(steps=0) if not tuned.chain else train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume, every=every,
-                        precision=precision, schedule=schedule, parallel=parallel, progress=progress, log=log)
+        history = dict(steps=0)
+        if tuned.chain:                                    # `none`: what the model can do as it came
+            history = train(tuned, task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out, resume=resume,
+                            every=every, precision=precision, schedule=schedule, parallel=parallel, progress=progress, log=log)
     except RunStopped as stop:
         if tuned.k and ranks.rank() == 0:                  # tuned holds the last good state; keep it usable, if the disk lets us
             try:
@@ -56,8 +58,8 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
 
 
 def reopen(folder, names=None):
-    """The task of a folder that `tune` wrote, and its model with the tuned state attached; names: of classes in the place of those
-    that it was tuned with."""
+    """The task of a folder that `tune` wrote, and its model with the tuned state attached; names: of classes, in place of
+    those that it was tuned with."""
     task, model = _base(folder, names)
     return task, save.load(model, folder).eval()
 
@@ -89,8 +91,8 @@ def opened(folder, names=None):
 
 
 def bare(model, names=None):
-    """The task and the model of what nobody tuned: by the names of classes a dual encoder classifies, else it ranks images and texts;
-    a model that writes about images answers."""
+    """The task and the model of what nobody tuned: by the names of classes a dual encoder classifies, else it ranks images and
+    texts; a model that writes about images answers."""
     from . import tasks
     from .tasks.dual import is_dual
     from .tasks.hub import writes
@@ -106,7 +108,8 @@ def bare(model, names=None):
     elif cls is not None and is_dual(cls):
         task = tasks.KINDS["image-text-retrieval"](model, roles={"image": "image", "caption": "caption"})
     else:
-        raise BadState(f"{model} is a model as it came, of kind {origin.kind}, and has learned no task. Tune it first: luthier tune DATA "
+        raise BadState(f"{model} is a model as it came, of kind {origin.kind}, and has learned no task. Tune it first: luthier "
+                       "tune DATA "
                        f"--model {model} --with \"lora()\" --out DIR")
     return task, task.build().eval()
 
@@ -150,7 +153,8 @@ def inputs(task, sources):
         if os.path.isdir(source):
             found = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in endings)
             if not found:
-                raise DoesNotFit(f"The folder {source} holds no {'sound' if endings != IMAGES else 'image'} ({' '.join(endings)}).")
+                raise DoesNotFit(f"The folder {source} holds no {'sound' if endings != IMAGES else 'image'} "
+                                 f"({' '.join(endings)}).")
             shown += found
         elif source.lower().endswith(endings):
             shown.append(source)
@@ -159,12 +163,14 @@ def inputs(task, sources):
         else:
             (asked if asks else shown).extend(_inputs(source))
     if not shown:
-        raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the text: luthier predict DIR image.png "
+        raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the text: luthier predict DIR "
+                         "image.png "
                          "\"how many?\"")
     if task.kind == "image-text-retrieval":
         rows = [x if isinstance(x, dict) else {"image": x} for x in shown] + [{"caption": q} for q in asked]
         if not any(row.get("caption", row.get(task.roles["caption"])) for row in rows):
-            raise DoesNotFit("There are images, and no text to rank them by. Name one behind them: luthier predict DIR pictures/ \"a red "
+            raise DoesNotFit("There are images, and no text to rank them by. Name one behind them: luthier predict DIR "
+                             "pictures/ \"a red "
                              "circle\"")
         return rows
     return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {})
@@ -175,7 +181,8 @@ def _rows(task, source):
     """The rows of a file that names images: paths in it are relative to it."""
     rows, base, key = _inputs(source), Path(source).parent, task.roles["image"]
     if any(key not in row and "image" not in row for row in rows):
-        raise BadData(f"{source} has no column {key!r} (the image). {nearest(key, rows[0])} It has: {', '.join(map(str, rows[0]))}.")
+        raise BadData(f"{source} has no column {key!r} (the image). {nearest(key, rows[0])} It has: "
+                      f"{', '.join(map(str, rows[0]))}.")
     for row in rows:
         k = key if key in row else "image"
         row[k] = [str(base / p) if isinstance(p, str) else p for p in row[k]] if isinstance(row[k], list) else (

@@ -57,12 +57,13 @@ def blip2(folder, kind="opt"):
     torch.manual_seed(0)
     tokenizer = words(folder)
     text = dict(model_type="opt", vocab_size=WORDS + 1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
-                word_embed_proj_dim=16, max_position_embeddings=64, bos_token_id=START, eos_token_id=END, pad_token_id=PAD, dropout=0.0)
+                word_embed_proj_dim=16, max_position_embeddings=64, bos_token_id=START, eos_token_id=END, pad_token_id=PAD,
+                dropout=0.0)
     if kind == "t5":
-        text = dict(model_type="t5", vocab_size=WORDS + 1, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-                    pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD, is_encoder_decoder=True)
-    config = t.Blip2Config(vision_config=EYES, qformer_config=SMALL | dict(encoder_hidden_size=16, vocab_size=WORDS), num_query_tokens=3,
-                           text_config=text, image_token_index=WORDS)
+        text = dict(model_type="t5", vocab_size=WORDS + 1, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                    dropout_rate=0.0, pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD, is_encoder_decoder=True)
+    config = t.Blip2Config(vision_config=EYES, qformer_config=SMALL | dict(encoder_hidden_size=16, vocab_size=WORDS),
+                           num_query_tokens=3, text_config=text, image_token_index=WORDS)
     processor = t.Blip2Processor(t.BlipImageProcessor(size=dict(height=16, width=16)), tokenizer, num_query_tokens=3)
     return save(folder, t.Blip2ForConditionalGeneration(config), processor)
 
@@ -123,8 +124,8 @@ def idefics3(folder):
     tokenizer = words(folder)
     image = t.Idefics3ImageProcessor(size=dict(longest_edge=16), max_image_size=dict(longest_edge=16), do_image_splitting=False)
     made = t.Idefics3Processor(image, tokenizer, image_seq_len=1)
-    config = t.Idefics3Config(vision_config=EYES, text_config=TEXT | dict(model_type="llama", vocab_size=WORDS + 200), scale_factor=2,
-                              image_token_id=made.image_token_id)
+    config = t.Idefics3Config(vision_config=EYES, text_config=TEXT | dict(model_type="llama", vocab_size=WORDS + 200),
+                              scale_factor=2, image_token_id=made.image_token_id)
     return save(folder, t.Idefics3ForConditionalGeneration(config), made)
 
 

@@ -55,7 +55,8 @@ def test_rows_of_several_states_over_one_bridge(tmp_path, way, words):
     model, batch = made(way, words), given()
     if words == "t5":
         batch = tiny.batch("t5") | dict(pixel_values=batch["pixel_values"])
-    states(model, tmp_path, CHAIN if words == "llama" else "full(at='connector') >> lora(rank=2, at='encoder.attn.q decoder.attn.v')")
+    states(model, tmp_path, CHAIN if words == "llama" else "full(at='connector') >> lora(rank=2, at='encoder.attn.q "
+                                                           "decoder.attn.v')")
     rack = Rack(model)
     rack.load_all(tmp_path)
     names = ["a", "c", None]
@@ -101,7 +102,8 @@ def test_merged_is_unmerged(tmp_path, way):
     states(model, tmp_path, names="a")
     tuned = luthier.load(model, tmp_path / "a").eval()
     with torch.no_grad():
-        before, plain = tuned(**batch).logits, model.language(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        before = tuned(**batch).logits
+        plain = model.language(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         tuned.merge()
         after = tuned(**batch).logits
         assert torch.allclose(before, after, atol=1e-4)
@@ -150,8 +152,8 @@ def tuned(tmp_path_factory):
     base = tmp_path_factory.mktemp("tuned")
     eyes, mouth, data = folders.vit(base / "vit"), folders.llama(base / "llama"), pairs(base / "a")
     assert main(["bridge", eyes, mouth, "--with", "limber(tokens=2, dropout=0.0)", "--tune",
-                 "full(at='connector') >> lora(rank=2, at='text.attn.q')", "--data", str(data), "--out", str(base / "out"), "--epochs",
-                 "2", "--seed", "3", "--log", "none"]) == 0
+                 "full(at='connector') >> lora(rank=2, at='text.attn.q')", "--data", str(data), "--out", str(base / "out"),
+                 "--epochs", "2", "--seed", "3", "--log", "none"]) == 0
     return base / "out", f"{eyes}+{mouth}:limber(tokens=2, dropout=0.0)", data
 
 
@@ -162,7 +164,8 @@ def test_a_tuned_bridge_is_the_same_in_a_fresh_process(tuned):
                  pixel_values=torch.ones(1, 3, 16, 16))
     with torch.no_grad():
         mine = model(**batch).logits.flatten().tolist()
-    code = ("import sys, json, torch, luthier.tune as t; task, m = t.reopen(sys.argv[1]); b = dict(input_ids=torch.tensor([[2, 12, 13]]), "
+    code = ("import sys, json, torch, luthier.tune as t; task, m = t.reopen(sys.argv[1]); b = dict(input_ids=torch.tensor([[2, "
+            "12, 13]]), "
             "attention_mask=torch.ones(1, 3, dtype=torch.long), pixel_values=torch.ones(1, 3, 16, 16)); m.requires_grad_(False); "
             "print(json.dumps([m(**b).logits.flatten().tolist(), task.predict(m, [sys.argv[2]])]))")
     picture = str(data.parent / "1.png")
@@ -185,7 +188,7 @@ def test_other_tools_and_back(tmp_path, tuned, capsys):
         assert torch.allclose(again.eval()(**batch).logits, mine, atol=1e-5)
     again.detach()
     code, _, told = run(capsys, "export", out, "--out", tmp_path / "other", "--model", ref)
-    assert code == 2 and "same shapes with other weights" in " ".join(told.split())         # its connector started from another seed
+    assert code == 2 and "same shapes with other weights" in " ".join(told.split())     # another seed's connector
     assert run(capsys, "merge", out, "--out", tmp_path / "plain")[0] == 0
     from safetensors.torch import load_file
     plain = task.build(seed=0)
@@ -201,11 +204,12 @@ def test_looking_at_a_pair_by_its_name(tuned, capsys):
     assert code == 0 and [r["name"] for r in json.loads(said)] == ["connector.map.weight"]
     code, said, _ = run(capsys, "cost", ref, "full(at='connector') >> lora(rank=2, at='text.attn.q')", "--tokens", "8", "--json")
     assert code == 0 and json.loads(said)
-    code, said, told = run(capsys, "predict", "--rack", out.parent, data.parent / "1.png", data.parent / "gone.png", "what", "--adapter",
-                           "out", "--json")
+    code, said, told = run(capsys, "predict", "--rack", out.parent, data.parent / "1.png", data.parent / "gone.png", "what",
+                           "--adapter", "out", "--json")
     found = json.loads(said)
     task, model = luthier.tune.reopen(out)
-    assert code == 2 and found[0] == task.predict(model, [(str(data.parent / "1.png"), "what")])[0] and found[1]["error"].startswith("Input 1 (")
+    assert code == 2 and found[0] == task.predict(model, [(str(data.parent / "1.png"), "what")])[0]
+    assert found[1]["error"].startswith("Input 1 (")
 
 
 # -- the example ------------------------------------------------------------------------------------------------------------

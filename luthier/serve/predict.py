@@ -40,7 +40,7 @@ def predict(folder, sources, adapter=None, memory="2GB"):
     for spec, rows in groups.items():
         task = tasks.restore(json.loads(spec))
 
-        def some(part, task=task):
+        def some(part, task=task, errors=errors):
             view = rack.view([names[i] or None for i in part])
             said = task.predict(view, [given[i] for i in part])
             errors.update({part[k]: e for k, e in view.errors.items()})

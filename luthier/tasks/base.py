@@ -8,7 +8,6 @@ from .headed import POOLS, Headed, head
 from .roles import parts
 from .split import divide, order, shares
 
-
 UNREADABLE = 0.01              # share of all rows that may be of no use before the data is refused
 
 
@@ -58,8 +57,8 @@ class Task:
         return self
 
     def too_many(self, bad, table, least=0):
-        """Whether `bad` rows of a table that cannot be used are, with those found before, more than UNREADABLE of all rows; a table
-        counts as `least` at least."""
+        """Whether `bad` rows of a table that cannot be used are, with those found before, more than UNREADABLE of all; each
+        table counts as `least` rows at least."""
         self.bad += bad
         return bad == len(table) or self.bad > UNREADABLE * max(sum(map(len, self.tables.values())), least * len(self.tables))
 

@@ -1,10 +1,10 @@
-"""Models of the hub that read images and write text, each in its own form. What the form is, its configuration and its forward say:
+"""Models of the hub that read images and write text, each in its own form. What it is, its configuration and its forward say:
 
-    a placeholder     an image token in the configuration: its places among the words become the image's (LLaVA and its kin, BLIP-2,
+    a placeholder     an image token in the configuration: its places among the words become the image's (LLaVA's kin, BLIP-2,
                       PaliGemma, Idefics); put there by the model's own processor, or where none is saved as many as its image
                       features are
     beside the words  no such token: images go in as pixels (BLIP, GIT)
-    apart             an encoder reads the prompt, a decoder writes (BLIP-2 with T5; BLIP for questions, told by decoder_input_ids)
+    apart             an encoder reads the prompt, a decoder writes (BLIP-2 with T5; BLIP for questions: decoder_input_ids)
 
 What else its processor makes (sizes, masks, grids) travels with the pixels."""
 
@@ -67,7 +67,8 @@ class Hub:
             with zoo.quiet():
                 found = AutoProcessor.from_pretrained(self.origin.folder, trust_remote_code=False)
         except Exception as error:                       # transformers raises what it likes here
-            raise BadState(f"The processor of {self.origin.ref} cannot be read: {str(error)[:200]} Save it again beside the model: "
+            raise BadState(f"The processor of {self.origin.ref} cannot be read: {str(error)[:200]} Save it again beside the "
+                           "model: "
                            "processor.save_pretrained(FOLDER).") from error
         return found if isinstance(found, ProcessorMixin) and getattr(found, "image_processor", None) is not None else None
 
@@ -103,7 +104,8 @@ class Hub:
         if self.token is None:
             if self.apart:
                 return tokenizer(prompt)["input_ids"], None
-            start = next(i for i in (self.start, tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id) if i is not None)
+            t = tokenizer
+            start = next(i for i in (self.start, t.bos_token_id, t.cls_token_id, t.eos_token_id) if i is not None)
             return [start, *tokenizer(line, add_special_tokens=False)["input_ids"]], None
         if not self.processor or not images:
             start = [i for i in (self.start if tokenizer.bos_token_id is None else tokenizer.bos_token_id,) if i is not None]
@@ -121,11 +123,13 @@ class Hub:
                 why = error
                 continue
             ids = made["input_ids"][0].tolist()
-            self.marks = bool((made.get("token_type_ids", torch.zeros(1, len(ids)))[0, [i == self.token for i in ids]] == 1).any())
+            kinds = made.get("token_type_ids", torch.zeros(1, len(ids)))[0]
+            self.marks = bool((kinds[[i == self.token for i in ids]] == 1).any())
             why = "it puts no image token there"
             if self.token in ids:
                 return ids[:-1] if not self.apart and ids[-1] == tokenizer.eos_token_id else ids, text
-        raise DoesNotFit(f"The processor of {self.origin.ref} does not take {len(images)} images and a text ({str(why)[:200]}). Put the "
+        raise DoesNotFit(f"The processor of {self.origin.ref} does not take {len(images)} images and a text "
+                         f"({str(why)[:200]}). Put the "
                          "model's own processor beside it.")
 
     def _mark(self, tokenizer):
@@ -140,7 +144,7 @@ class Hub:
 
     # -- batches --------------------------------------------------------------------------------------------------------
     def see(self, rows, pixels):
-        """What a batch holds of its images; rows: of each its (album, number)s and text, pixels(keys): where there is no processor."""
+        """What a batch holds of its images; rows: of each its (album, number)s and text; pixels(keys): without a processor."""
         rows = [r for r in rows if r[0]]
         if not rows:
             return {}
@@ -162,7 +166,7 @@ class Hub:
         return self.kept[key]
 
     def told(self, batch):
-        """What some want to know of each token: which stand for images, which for the answer (PaliGemma sees no further there)."""
+        """What some want to know of each token: which stand for images, or for the answer (PaliGemma sees no further there)."""
         answer = batch["labels"] != IGNORE if "labels" in batch else torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         marked = {"mm_token_type_ids": batch["input_ids"] == self.token,
                   "token_type_ids": batch["input_ids"] == self.token if self.marks else answer}
@@ -176,14 +180,16 @@ class Hub:
             return {"labels": rows}
         ids = F.pad(torch.where(rows == IGNORE, pad, rows), (1, 0), value=self.start)
         labels = F.pad(rows, (1, 0), value=IGNORE)
-        return {"decoder_input_ids": ids, "decoder_attention_mask": F.pad((rows != IGNORE).long(), (1, 0), value=1), "labels": labels}
+        mask = F.pad((rows != IGNORE).long(), (1, 0), value=1)
+        return {"decoder_input_ids": ids, "decoder_attention_mask": mask, "labels": labels}
 
     # -- answers --------------------------------------------------------------------------------------------------------
     def generate(self, model, batch, most, pad, end):
         """The ids of what it writes, the prompt left out."""
         asked = batch["input_ids"]
-        if self.own and self.token is None and not self.apart:         # BLIP's takes the text as its tokenizer ends it, and cuts that
-            batch = batch | {"input_ids": F.pad(asked, (0, 1), value=end), "attention_mask": F.pad(batch["attention_mask"], (0, 1), value=1)}
+        if self.own and self.token is None and not self.apart:         # BLIP's takes a text with its end, and cuts that
+            mask = F.pad(batch["attention_mask"], (0, 1), value=1)
+            batch = batch | {"input_ids": F.pad(asked, (0, 1), value=end), "attention_mask": mask}
         more = {} if self.own else dict(pad_token_id=pad, eos_token_id=end)
         out = model.generate(**batch, do_sample=False, max_new_tokens=most, **more)
         n = asked.shape[1]
@@ -193,13 +199,15 @@ class Hub:
         """Refuse a processor or a tokenizer that belongs to another model."""
         mine = getattr(self.processor, "image_token_id", None) if self.processor else None
         if None not in (mine, self.token) and mine != self.token:
-            raise DoesNotFit(f"The image token of {self.origin.ref}'s processor is {mine}, its model's is {self.token}: they do not belong "
+            raise DoesNotFit(f"The image token of {self.origin.ref}'s processor is {mine}, its model's is {self.token}: they "
+                             "do not belong "
                              "together. Put the model's own processor beside it.")
         try:
             with torch.no_grad():
                 outputs_of(model, batch)
         except Exception as error:
-            raise DoesNotFit(f"{self.origin.ref} cannot run on what its processor makes of an image and a text ({str(error)[:300]}). Put the "
+            raise DoesNotFit(f"{self.origin.ref} cannot run on what its processor makes of an image and a text "
+                             f"({str(error)[:300]}). Put the "
                              "model's own processor and tokenizer beside it.") from error
 
 

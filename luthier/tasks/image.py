@@ -29,7 +29,8 @@ def decode(item, side, base=".", told=None):
     if item is None or isinstance(item, str) and not item.strip():
         raise ValueError("no image is named")
     if isinstance(item, list | tuple | bool | int | float):
-        raise ValueError(f"{str(item)[:60]} is no image" + (", and one is wanted, not a list" if isinstance(item, list | tuple) else ""))
+        more = ", and one is wanted, not a list" if isinstance(item, list | tuple) else ""
+        raise ValueError(f"{str(item)[:60]} is no image{more}")
     if isinstance(item, np.ndarray) or torch.is_tensor(item):
         array = np.asarray(item)
         if array.dtype != np.uint8:
@@ -197,7 +198,8 @@ class ImageClassification(Labelled):
             try:
                 decode(item, self.side)
             except Exception as error:
-                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. Give a path "
+                raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. "
+                              "Give a path "
                               "to a PNG or "
                               "JPEG, its bytes, or an array (H, W, 3).") from error
         return super().predict(model, table.columns[self.roles["image"]], batch_size)

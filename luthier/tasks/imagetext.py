@@ -263,7 +263,8 @@ class ImageToText(Language):
         batch.kind = examples[0]["kind"]
         if not asking:
             labels = [e["answer"] if self.apart else [IGNORE] * len(e["ask"]) + e["answer"] for e in examples]
-            batch.update(self.hub.labelled(labels, self.pad_id()) if self.hub and self.apart else dict(labels=_padded(labels, IGNORE)))
+            spelled = self.hub and self.apart
+            batch.update(self.hub.labelled(labels, self.pad_id()) if spelled else dict(labels=_padded(labels, IGNORE)))
         if self.hub:
             batch.update(self.hub.told(batch))
         return batch
@@ -333,7 +334,8 @@ class ImageToText(Language):
                 with torch.no_grad():
                     model.see(torch.zeros(1, 3, self.side, self.side))
             except RuntimeError as error:
-                raise DoesNotFit(f"image_size={self.side}: {self.origin.ref} cannot look at images of that size ({str(error)[:160]}). "
+                raise DoesNotFit(f"image_size={self.side}: {self.origin.ref} cannot look at images of that size "
+                                 f"({str(error)[:160]}). "
                                  "Leave it out, or take a larger one.") from error
         return model.draw(seed)
 
@@ -349,7 +351,7 @@ class ImageToText(Language):
 
     def nll_of(self, out, batch):
         labels, logits = batch["labels"], out.get("logits")
-        if logits is None:                               # its own loss is all that it gives: the mean over the labels but the first
+        if logits is None:                               # it gives its own loss alone: the mean over all labels but the first
             n = int((labels[:, 1:] != IGNORE).sum())
             return out["loss"] * n, n
         logits = logits if self.apart else logits[:, -labels.shape[1]:]

@@ -200,12 +200,12 @@ class Retrieval(ImageClassification):
         return {"image_size": self.side}
 
     def predict(self, model, inputs, batch_size=64):
-        """Of images and texts, or rows of both: [{"images": [{"image", "score"}, ...]}] for each text, best first, and "texts" for
+        """Of images and texts, or rows of both: [{"images": [{"image", "score"}, ...]}] for a text, best first, and "texts" for
         each image; the score is the cosine."""
         return self.rank(model, inputs, None, batch_size)
 
     def rank(self, model, inputs, errors, batch_size=64, most=10):
-        """As predict; an image that cannot be read is noted in `errors` {number: error} and ranked nowhere, where that is a dict."""
+        """As predict; an image that cannot be read is noted in the dict `errors` {number: error}, if any, and ranked nowhere."""
         rows, images, texts = [self._row(i, x) for i, x in enumerate(inputs)], {}, {}
         found = [{} for _ in rows]
         for i, (name, image, text) in enumerate(rows):
@@ -215,7 +215,8 @@ class Retrieval(ImageClassification):
                 if text:
                     texts.setdefault(text, len(texts))
             except Exception as error:               # Pillow raises whatever its decoders do
-                bad = BadData(f"Input {i} ({name[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. Give a path to "
+                bad = BadData(f"Input {i} ({name[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. Give "
+                              "a path to "
                               "a PNG or JPEG, its bytes, or an array (H, W, 3).")
                 if errors is None:
                     raise bad from error

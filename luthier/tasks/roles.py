@@ -79,8 +79,9 @@ def is_list(values):
 def is_image(values):
     values = [x for v in values for x in (v if isinstance(v, list | tuple) else [v])
               if not (x is None or isinstance(x, str) and not x.strip())]        # a row may lack its image
-    return sum(isinstance(v, bytes | dict) or hasattr(v, "shape") or hasattr(v, "convert") or isinstance(v, str) and v.lower().endswith(
-        (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")) for v in values) >= max(1, 0.9 * len(values))
+    ends = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+    return sum(isinstance(v, bytes | dict) or hasattr(v, "shape") or hasattr(v, "convert") or isinstance(v, str) and
+               v.lower().endswith(ends) for v in values) >= max(1, 0.9 * len(values))
 
 
 def is_audio(values):
