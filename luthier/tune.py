@@ -86,7 +86,7 @@ def opened(folder, names=None):
 
     path = Path(folder)
     tuned = (path / save.RECIPE).exists() or (path / save.NEXT).exists()
-    whole = folder in TABLE or (path / "config.json").exists() or bool(names) and not path.exists()
+    whole = folder in TABLE or any((path / n).exists() for n in ("config.json", zoo.BRIDGE)) or bool(names) and not path.exists()
     return reopen(folder, names) if tuned or not whole else bare(folder, names)
 
 
@@ -98,14 +98,17 @@ def bare(model, names=None):
     from .tasks.hub import writes
     from .tasks.segment import is_segmenter
 
-    origin, cls = zoo.about(model), zoo.architecture(model)[0]
+    origin = zoo.about(model)
+    cls = None if origin.parts else zoo.architecture(model)[0]
     if names:
         task = tasks.KINDS["class-names"](model, roles={"image": "image", "label": "label"}).named(names)
-    elif writes(model, origin):
+    elif origin.kind == "audio-text":
+        task = tasks.KINDS["audio-to-text"](model, roles={"audio": "audio", "prompt": "prompt", "response": "response"})
+    elif origin.kind == "image-text" or writes(model, origin):
         task = tasks.KINDS["image-to-text"](model, roles={"image": "image", "prompt": "prompt", "response": "response"})
     elif cls is not None and is_segmenter(cls):
         task = tasks.KINDS["text-segmentation"](model, roles={"mask": "mask", "image": "image", "phrase": "phrase"})
-    elif cls is not None and is_dual(cls):
+    elif origin.parts or cls is not None and is_dual(cls):
         task = tasks.KINDS["image-text-retrieval"](model, roles={"image": "image", "caption": "caption"})
     else:
         raise BadState(f"{model} is a model as it came, of kind {origin.kind}, and has learned no task. Tune it first: luthier "

@@ -16,6 +16,7 @@ from luthier.errors import BadData, DoesNotFit
 from luthier.save import fingerprint
 from luthier.tasks.dual import Named
 from luthier.train import train
+from luthier.tune import bare
 
 TOKENS = tiny.build("named").tokenizer
 
@@ -333,3 +334,8 @@ def test_a_merged_pair_is_one_folder_that_any_task_opens(tmp_path, file):
     assert luthier.zoo.about(str(tmp_path / "dual")).kind == "vision-language" and again.fresh is None
     task = opened(str(tmp_path / "dual"), file)
     assert "recall@1" in task.evaluate(task.build())
+    task, model = bare(str(tmp_path / "dual"))
+    task._tokenizer = TOKENS                                 # the tiny models have none beside them
+    image, text = str(file.parent / "0.png"), "a red circle"
+    ranked, = (x["texts"] for x in task.predict(model, [image, text]) if "texts" in x)
+    assert [r["text"] for r in ranked] == [text] and -1 <= ranked[0]["score"] <= 1

@@ -26,7 +26,7 @@ FILES = ("processor_config.json", "preprocessor_config.json")
 
 def writes(model, origin):
     """The class of a model of this kind, None where it writes no text."""
-    cls = zoo.architecture(model)[0] if origin.kind == "vision-language" else None
+    cls = zoo.architecture(model)[0] if origin.kind == "vision-language" and not origin.parts else None
     takes = inspect.signature(cls.forward).parameters.keys() if cls else ()
     return cls if hasattr(cls, "generate") and {"input_ids", "pixel_values"} <= set(takes) else None
 
