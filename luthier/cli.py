@@ -243,10 +243,11 @@ def _tune(a, model, chain):
 
 
 @command(arg("vision", metavar="VISION", help="the model that looks or listens: a zoo name, a folder, a hub id, or timm:NAME"),
-         arg("language", metavar="LANGUAGE", help="the model that writes"),
+         arg("language", metavar="LANGUAGE", help="the model that writes; or reads, where the bridge makes a dual encoder"),
          arg("--with", dest="way", metavar="WAY", help="the bridge between them (default: one linear map)"),
-         arg("--data", required=True, metavar="PAIRS", help="rows of an image or several, a prompt if any, and a response: "
-                                                            "JSONL, CSV, Parquet, or built-in: scenes:caption, scenes:vqa, nlvr"),
+         arg("--data", required=True, metavar="PAIRS", help="rows of an image or several, a prompt if any, and a response (of an "
+                                                            "image and a caption, for a dual encoder): JSONL, CSV, Parquet, or "
+                                                            "built-in: scenes:caption, scenes:vqa, nlvr, scenes:retrieval"),
          arg("--tune", dest="chain", default="full(at='connector')", metavar="CHAIN",
              help="what trains (default \"full(at='connector')\"); \"lora(at='text.attn.q')\" trains that beside the connector"),
          *TRAINED, *BUDGET, *TASK, IMPORT, JSON)
@@ -258,10 +259,10 @@ def bridge(a):
     luthier bridge dinov2-s minilm --with "sail()" --data pairs.jsonl --out dual
     luthier bridge whisper-tiny smollm2-135m --with "apt()" --data clips.jsonl --out listener
     """
-    from .bridges import parse
+    from .bridges import DEFAULT, parse
 
     tasks = {"vision-language": "image-text-retrieval", "audio-text": "audio-to-text"}
-    a.task = a.task or tasks.get(parse(a.way).makes)
+    a.task = a.task or tasks.get(parse(a.way or DEFAULT).makes)
     _tune(a, f"{a.vision}+{a.language}" + f":{a.way}" * bool(a.way), a.chain)
 
 
