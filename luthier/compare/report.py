@@ -165,6 +165,7 @@ p { margin: 0 0 10px; max-width: 76ch } .soft { color: var(--soft) }
 th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--ink) }
 th:first-child, td:first-child { text-align: left }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 200px }
 td:first-child, code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 13.5px }
 tr.pick td { background: #fdf3f0 } tr.pick td:first-child { color: var(--pick); font-weight: 700 }
 td.front { color: var(--front); font-weight: 650 } td.front::after { content: " ◆"; font-size: 9px; vertical-align: 2px }
@@ -175,7 +176,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margi
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 .cards { align-items: start; display: grid; grid-template-columns: repeat(auto-fill, minmax(460px, 1fr)); gap: 14px }
 .card { display: grid; grid-template-columns: max-content 1fr; gap: 10px 14px; border: 1px solid var(--line); border-radius: 6px;
-padding: 12px } .card.several { grid-template-columns: 1fr } .images { display: flex; flex-wrap: wrap; gap: 4px }
+padding: 12px } .card.several { grid-template-columns: 1fr } .images { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 4px }
 .images img { width: 88px; margin: 0; image-rendering: pixelated; border-radius: 3px } .several .images img { width: 68px }
 .card dl { gap: 2px 12px; font-size: 13.5px } .card p { margin: 0 0 6px; font-size: 14.5px } .right { color: #23774a; font-weight: 600 }
 summary { color: var(--soft); font-size: 13px; cursor: pointer; margin-top: 6px } details dl { margin-top: 4px }
