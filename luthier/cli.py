@@ -296,8 +296,8 @@ def rank(a):
          arg("--adapter", metavar="NAME", help="with --rack: of rows that name none"),
          arg("--memory", default="2GB", metavar="SIZE", help="with --rack: what states in use may take (default 2GB)"),
          arg("--out", default=".", metavar="FOLDER", help="of masks: where they are written as PNG (default: here)"),
-         arg("--names", type=several(str), metavar="NAME,NAME,...", help="of classes, for a dual encoder: DIR may then be one that "
-                                                                         "nobody tuned, such as tiny-clip"),
+         arg("--names", type=several(str), metavar="NAME,NAME,...", help="of classes, for a dual encoder: DIR may then be one "
+                                                                         "that nobody tuned, such as tiny-clip"),
          IMPORT, JSON)
 def predict(a):
     """predict with a tuned model, or with many over one base

@@ -144,8 +144,8 @@ def each(numbers, predict, alone=True):
 
 
 def inputs(task, sources):
-    """What a user gives to predict: texts, image (or sound) files, folders of them, files of rows (.txt: one a line), - for stdin.
-    Where a task takes images and a text, every text is asked of every image."""
+    """What a user gives to predict: texts, image (or sound) files, folders of them, files of rows (.txt: one a line), - for
+    stdin. Where a task takes images and a text, every text is asked of every image."""
     from .tasks.read import SUFFIXES, suffix
     from .tasks.source import IMAGES
 
@@ -253,6 +253,7 @@ def blend(base, chain, out):
 
 
 def _card(task, chain, model, how, headed):
+    needs = "which Luthier loads" if how.startswith("luthier") else "nothing of Luthier is needed to load it"
     licence = getattr(getattr(model, "luthier_origin", None), "licence", "unknown")
     head = f"""
 The task's head is a linear layer in `head.safetensors`: `logits = head(pool(hidden))`, pool = `{model.pool}`; labels and all else
@@ -260,7 +261,7 @@ that is needed to read its output are in `head.json`.
 """ if headed else ""
     return f"""# {task.model}, tuned by Luthier
 
-`{chain!r}` for {task.kind}, merged into the weights: a plain model, {"which Luthier loads" if how.startswith("luthier") else "nothing of Luthier is needed to load it"}.
+`{chain!r}` for {task.kind}, merged into the weights: a plain model, {needs}.
 
     {how}
 {head}

@@ -1,5 +1,5 @@
-"""A bridged model in one folder. bridge.json says the way and which two models there are, each by its zoo or timm name or, where it
-is transformers', by a folder inside with its configuration (and tokenizer); model.safetensors holds all tensors, a tied one once.
+"""A bridged model in one folder. bridge.json says the way and which two models there are, each by its zoo or timm name or, where
+it is of transformers, by a folder inside with its configuration and tokenizer; model.safetensors holds all tensors, a tied one once.
 
     write(model, folder)        what a bridged model's write() does; luthier.zoo.load(folder) reads it. No path is followed out.
 """
@@ -51,8 +51,8 @@ def _described(part, origin, folder, name):
     if make is None or not hasattr(config, "save_pretrained"):
         if origin.ref in zoo.TABLE or origin.ref.startswith("timm:"):
             return origin.ref
-        raise DoesNotFit(f"The {name} model, {type(part).__name__}, is neither of transformers nor named in the zoo or timm, so no "
-                         "file can say how to build it again. Keep its tensors with safetensors yourself.")
+        raise DoesNotFit(f"The {name} model, {type(part).__name__}, is neither of transformers nor named in the zoo or timm, so "
+                         "no file can say how to build it again. Keep its tensors with safetensors yourself.")
     config.architectures = [type(part).__name__]
     config.save_pretrained(folder)
     if name == "language" and origin.folder:

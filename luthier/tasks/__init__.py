@@ -49,7 +49,8 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
             raise BadData(f"There is no option {key!r}. {_roles.nearest(key, known_options)} Options: "
                           f"{', '.join(known_options)}.")
         least = 1 if key == "shots" else 2
-        if key not in ("pool", "template", "concepts", "judge") and value is not None and (not isinstance(value, int) or value < least):
+        words = key in ("pool", "template", "concepts", "judge")
+        if not words and value is not None and (not isinstance(value, int) or value < least):
             raise BadData(f"{key}={value!r} must be a whole number of at least {least}.")
     for n in limit.values() if isinstance(limit, dict) else [limit]:
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 2):

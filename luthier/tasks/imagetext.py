@@ -441,7 +441,8 @@ class ImageToText(Language):
     def tried(self, model, rows, batch_size=8):
         """[(the model's answer, whether it is right)] to each of samples(); a text is right where it is the true one."""
         examples = [self.examples("test")[r["row"]] for r in rows]
-        metric = {r["kind"]: SCORES["acc_iou" if ROW_KINDS.get(r["kind"], self.metric) == "acc_iou" else "accuracy"] for r in rows}
+        placed = {k for k in [*ROW_KINDS, None] if ROW_KINDS.get(k, self.metric) == "acc_iou"}
+        metric = {r["kind"]: SCORES["acc_iou" if r["kind"] in placed else "accuracy"] for r in rows}
         with self.seeing(model):
             said = self.said(model, examples, batch_size)
         return [(text, bool(metric[r["kind"]]([text], [r["answers"]]))) for text, r in zip(said, rows, strict=True)]

@@ -45,8 +45,8 @@ ROWS = (
           HALF | {"sizes": (64, 128, 224)}),
     Entry("tiny-clip", "vision-language", "a CLIP that Luthier trained on procedural scenes of coloured shapes, 4 + 3 layers",
           "Apache-2.0", 1_294_849, 3, "luthier", "", "luthier/zoo/weights/tiny-clip", image=HALF | {"sizes": (64,)}),
-    Entry("tiny-vlt5", "image-text", "tiny-clip's eyes and a T5 that Luthier trained on scenes, 4 + 3 + 3 layers: reads images and "
-          "text, writes text", "Apache-2.0", 2_024_704, 4, "luthier", "", "luthier/zoo/weights/tiny-vlt5"),
+    Entry("tiny-vlt5", "image-text", "tiny-clip's eyes and a T5 that Luthier trained on scenes, 4 + 3 + 3 layers: reads images "
+          "and text, writes text", "Apache-2.0", 2_024_704, 4, "luthier", "", "luthier/zoo/weights/tiny-vlt5"),
     Entry("tiny-vlm", "image-text", "tiny-clip's eyes and a Llama that Luthier trained on scenes, 4 + 4 layers: reads images and "
           "text, writes text", "Apache-2.0", 1_568_768, 3, "luthier", "", "luthier/zoo/weights/tiny-vlm"),
     Entry("whisper-tiny", "audio", "Whisper tiny.en, speech encoder-decoder, 4 + 4 layers", "MIT", 37_760_256, 71,

@@ -150,14 +150,16 @@ def tokenizer(folder, apart, crowds):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made, draw, holes = Tokenizer(models.BPE()), scenes.Draw("writers", "tokens"), [AddedToken(t, lstrip=True) for t in SPECIAL[4:]]
+    made, draw = Tokenizer(models.BPE()), scenes.Draw("writers", "tokens")
+    holes = [AddedToken(t, lstrip=True) for t in SPECIAL[4:]]
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
     texts = [*crowds, *(" ".join(about(KINDS[i % len(KINDS)], scenes.scene(i, 7, SIDE), draw)) for i in range(4000)),
              *(statement(i, 8, draw, crowds) for i in range(2000))]
     texts += [" ".join(map(str, range(65))), "yes no true false True False Yes No fits differs moves left right up down first "
               "then second third picture pictures describe Describe where Where which Which way"] * 60
     made.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=WORDS, special_tokens=SPECIAL[:4] + holes, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=WORDS, special_tokens=SPECIAL[:4] + holes, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     made.post_processor = processors.TemplateProcessing(single="$A </s>" if apart else "<s> $A",
                                                         special_tokens=[("</s>", 1), ("<s>", 3)])
     done = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=LONGEST, pad_token="<pad>", eos_token="</s>",
