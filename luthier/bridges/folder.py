@@ -1,5 +1,5 @@
 """A bridged model in one folder. bridge.json says the way and which two models there are, each by its zoo or timm name or, where
-it is of transformers, by a folder inside with its configuration and tokenizer; model.safetensors holds all tensors, a tied one once.
+it is of transformers, by a folder inside with configuration and tokenizer; model.safetensors holds all tensors, a tied one once.
 
     write(model, folder)        what a bridged model's write() does; luthier.zoo.load(folder) reads it. No path is followed out.
 """
