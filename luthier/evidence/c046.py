@@ -9,11 +9,11 @@ import torch
 from luthier.evidence import _bench, beats, fact, judge
 from luthier.save import fingerprint
 
-SYSTEM, METHODS, SEEDS, MINUTES = "C046", ("full",), (0, 1, 2), 8
+SYSTEM, METHODS, SEEDS, MINUTES = "C046", ("full",), (0, 1, 2), 20
 CLAIM = "The aligner alone tells and compares clips above chance; the instruction changes a clip's prompts; text is untouched"
 BASELINE = "the same training on one clip for every row, and an aligner that sees no instruction, at their own best rates"
 MODEL, DATA = "whisper-tiny + stories260k", "sounds:ask and sounds:compare: 300 train, 60 validation, 160 test rows"
-STEPS, BATCH, RATES, CONNECTOR = 250, 16, (1e-3, 3e-3), 'full(at="connector")'
+STEPS, BATCH, RATES, CONNECTOR = 250, 16, (3e-3, 1e-2), 'full(at="connector")'
 SIZE = "tokens=8, width=64, layers_of=2"
 
 
