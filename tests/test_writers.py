@@ -201,8 +201,8 @@ def test_a_grid_is_the_largest_of_its_patches(parts):
 
 def test_each_task_has_its_score_and_answers_are_shown(tmp_path, parts):
     bridge(*parts, "limber(dropout=0.0)").write(tmp_path / "m")
-    d = compare("scenes-clips-multitask", str(tmp_path / "m"), "full, none", 2, tmp_path / "out", epochs=1, batch_size=8, limit=12,
-                progress=False)
+    d = compare("scenes-clips-multitask", str(tmp_path / "m"), "full, none", 2, tmp_path / "out", epochs=1, batch_size=8,
+                limit=12, progress=False)
     assert d["task"]["each"] == {"caption": "bleu", "direction": "accuracy", "order": "accuracy"}
     found = {r["chain"]: r for r in rows.rows(d)}
     each = found["full()"]["each"]
@@ -241,7 +241,8 @@ def test_rows_of_ones_own_are_shown_by_their_tasks(tmp_path, parts):
     task = tasks.open(tmp_path / "rows.jsonl", model="+".join(parts))
     assert task.each() == {"caption": "bleu", "vqa": "accuracy"} == task.describe()["each"]
     shown = task.samples(4)
-    assert sorted(r["kind"] for r in shown) == ["caption", "caption", "vqa", "vqa"] and {r["answers"][0] for r in shown} == {"fine"}
+    assert sorted(r["kind"] for r in shown) == ["caption", "caption", "vqa", "vqa"]
+    assert {r["answers"][0] for r in shown} == {"fine"}
     image = Image.open(io.BytesIO(base64.b64decode(shown[0]["images"][0])))
     assert image.size == (160, 160) and image.format == "PNG"
     one = tasks.open("scenes:vqa", model="+".join(parts), limit=12)

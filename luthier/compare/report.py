@@ -176,9 +176,11 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margi
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 .cards { align-items: start; display: grid; grid-template-columns: repeat(auto-fill, minmax(460px, 1fr)); gap: 14px }
 .card { display: grid; grid-template-columns: max-content 1fr; gap: 10px 14px; border: 1px solid var(--line); border-radius: 6px;
-padding: 12px } .card.several { grid-template-columns: 1fr } .images { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 4px }
+padding: 12px } .card.several { grid-template-columns: 1fr }
+.images { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 4px }
 .images img { width: 88px; margin: 0; image-rendering: pixelated; border-radius: 3px } .several .images img { width: 68px }
-.card dl { gap: 2px 12px; font-size: 13.5px } .card p { margin: 0 0 6px; font-size: 14.5px } .right { color: #23774a; font-weight: 600 }
+.card dl { gap: 2px 12px; font-size: 13.5px } .card p { margin: 0 0 6px; font-size: 14.5px }
+.right { color: #23774a; font-weight: 600 }
 summary { color: var(--soft); font-size: 13px; cursor: pointer; margin-top: 6px } details dl { margin-top: 4px }
 th small { display: block; font-weight: 400 }
 """
@@ -201,8 +203,8 @@ def page(document, found, said, picture):
         facts["Data notes"] = "; ".join(task["notes"])
     listed = "".join(f"<dt>{e(k)}</dt><dd>{e(str(v))}</dd>" for k, v in facts.items())
     each = parts(document)
-    heads = "".join(f"<th>{e(t)}</th>" for t in ["method", f"{task['metric']} (n={n})", *each.values(),
-                                                 *(title for _, title, _ in COLUMNS)]).replace(" (", "<small>(").replace(")</th>", ")</small></th>")
+    titles = ["method", f"{task['metric']} (n={n})", *each.values(), *(title for _, title, _ in COLUMNS)]
+    heads = "".join(f"<th>{e(t)}</th>" for t in titles).replace(" (", "<small>(").replace(")</th>", ")</small></th>")
     again = f"<h2>Run it again</h2><pre>{e(document['command'])}</pre>" if document["command"] else ""
     raw = [{k: r[k] for k in ("chain", "scores", "seeds", "mean", "half", "each", "lr", *COSTS)} for r in found]
     return f"""<!doctype html>
@@ -247,14 +249,19 @@ def looks(document, found, said):
     cards = []
     for i, row in enumerate(entry["result"]["rows"]):
         images = "".join(f'<img alt="" src="data:image/png;base64,{x}">' for x in row["images"])
-        others = "".join(f"<dt>{e(brief(r['chain']))}</dt><dd>{_said(tried[r['chain']][i])}</dd>" for r in found if r["chain"] in tried)
         asked = " ".join(filter(None, (f"<b>{e(row['kind'])}</b>" if row["kind"] else "", e(row["prompt"] or ""))))
-        cards.append(f'<div class="card{" several" * (len(row["images"]) > 1)}"><div class="images">{images}</div><div><p>{asked}</p><dl><dt>right</dt><dd>'
-                     f'{e(" / ".join(row["answers"][:3]))}</dd><dt>untuned</dt><dd>{_said(entry["result"]["tried"][i])}</dd><dt>'
-                     f'{e(brief(pick))}</dt><dd>{_said(tried[pick][i])}</dd></dl><details><summary>every way</summary><dl>{others}'
-                     '</dl></details></div></div>')
-    return ('<h2>What tuning changed</h2><p class="soft">Rows of the test split and what the model answers before and after (the first '
-            f'seed). ✓: right.</p><div class="cards">{"".join(cards)}</div>')
+        here = {"right": e(" / ".join(row["answers"][:3])), "untuned": _said(entry["result"]["tried"][i]),
+                e(brief(pick)): _said(tried[pick][i])}
+        every = {e(brief(r["chain"])): _said(tried[r["chain"]][i]) for r in found if r["chain"] in tried}
+        cards.append(f"""<div class="card{' several' * (len(row['images']) > 1)}"><div class="images">{images}</div>
+<div><p>{asked}</p><dl>{_list(here)}</dl><details><summary>every way</summary><dl>{_list(every)}</dl></details></div></div>""")
+    return f"""<h2>What tuning changed</h2>
+<p class="soft">Rows of the test split and what the model answers before and after (the first seed). ✓: right.</p>
+<div class="cards">{"".join(cards)}</div>"""
+
+
+def _list(items):
+    return "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in items.items())
 
 
 def _said(answer):
@@ -266,8 +273,8 @@ def _said(answer):
 def _row(r, said, each=()):
     shown = cells(r)
     tds = [f"<td>{html.escape(brief(r['chain']))}</td>", f"<td>{shown[0]}</td>"]
-    apart = [f"<td title=\"{figure(*r['each'][k])}\">{figure(*r['each'][k]).partition(' ')[0]}</td>" if k in r["each"] else "<td>–</td>"
-             for k in each]
+    parts = {k: figure(*r["each"][k]) for k in each if k in r["each"]}
+    apart = [f"<td title=\"{parts[k]}\">{parts[k].partition(' ')[0]}</td>" if k in parts else "<td>–</td>" for k in each]
     if r["failed"]:
         tds[1] = f"<td title=\"{html.escape(r['failed'])}\">{score(r)}{'' if r['mean'] is None else ' (a run stopped)'}</td>"
     tds += apart + [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _),
