@@ -587,3 +587,10 @@ def test_m2clip_trains_all_of_it_and_nothing_else():
     assert all(map(torch.equal, before, m.parameters()))
     with pytest.raises(DoesNotFit, match="no dual encoder"):
         Multitask(model("vit"), dict(input_ids=m.ids, attention_mask=m.there), 2)
+
+
+@pytest.mark.parametrize("at", ["block.*.out final", "final"])
+def test_a_ladder_without_a_beginning_is_refused(at):
+    model = tiny.build("bert")
+    with pytest.raises(DoesNotFit, match="no beginning before .*block.0.in"):
+        attach(model, f"ladder(reduce=2, at='{at}')")(**tiny.batch("bert"))

@@ -82,6 +82,9 @@ class ladder(Method):
 
     def stream(self, t, p):                # lane s: (B, T, w)
         s = t.lanes.get(p.key)
+        if s is None and (hasattr(p, "U") or hasattr(p, "q")):
+            raise DoesNotFit(f"ladder's side network has no beginning before {p.site_name}. Let at= name what enters the first "
+                             "block, as in the default: ladder(at=\"block.0.in block.*.out final\").")
         if hasattr(p, "U"):
             side = layer_norm(s, s.shape[-1:], p.g) @ p.U.T
             return t.map_h(lambda h: h + side if self.residual else side.to(h.dtype))
