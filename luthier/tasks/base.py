@@ -62,6 +62,17 @@ class Task:
         self.bad += bad
         return bad == len(table) or self.bad > UNREADABLE * max(sum(map(len, self.tables.values())), least * len(self.tables))
 
+    def without(self, table, bad):
+        """The table without rows that cannot be used, {number: why}; refused when they are too many."""
+        if not bad:
+            return table
+        i, why = next(iter(bad.items()))
+        if self.too_many(len(bad), table):
+            raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
+                          f"{UNREADABLE:.0%} may be so. Mend or remove them.")
+        self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: {why}")
+        return table.take([i for i in range(len(table)) if i not in bad])
+
     def check(self, table):
         """Refuse rows that cannot be read, before anything is learned from them."""
 

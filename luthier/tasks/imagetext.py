@@ -23,7 +23,7 @@ from .base import to_device
 from .cider import cider
 from .classify import IGNORE
 from .hub import Hub, writes
-from .image import BUDGET, UNREADABLE, ImageClassification, decode, resize
+from .image import BUDGET, ImageClassification, decode, resize
 from .lm import Language
 from .read import Table
 from .split import order
@@ -157,15 +157,7 @@ class ImageToText(Language):
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad[i] = f"the {self.what} cannot be read ({str(error)[:160] or type(error).__name__})"
         self.notes += [f"{n:,} {self.what}s are {what}" for what, n in told.items()]
-        if bad and self.too_many(len(bad), table):
-            i, why = next(iter(bad.items()))
-            raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
-                          f"{UNREADABLE:.0%} may be so. Mend or remove them.")
-        if bad:
-            i, why = next(iter(bad.items()))
-            self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: {why}")
-            table = table.take([i for i in range(len(table)) if i not in bad])
-        return table
+        return self.without(table, bad)
 
     def few(self, shown):
         if self.hub and self.hub.token is None and len(shown) > 1:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..errors import BadData, DoesNotFit
-from .image import BUDGET, UNREADABLE, ImageClassification, decode
+from .image import BUDGET, ImageClassification, decode
 from .read import Table
 
 DICE, EPS = 1.5, 1e-5
@@ -129,14 +129,7 @@ class TextSegmentation(ImageClassification):
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad[i] = f"the image or mask cannot be used ({str(error)[:160] or type(error).__name__})"
         self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
-        if bad and self.too_many(len(bad), table):
-            i, why = next(iter(bad.items()))
-            raise BadData(f"{table.where(i)}: {why}; in all {len(bad)} of {len(table)} rows cannot be used, and at most "
-                          f"{UNREADABLE:.0%} may be so. Mend or remove them.")
-        if bad:
-            i, why = next(iter(bad.items()))
-            self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: {why}")
-            table = table.take([i for i in range(len(table)) if i not in bad])
+        table = self.without(table, bad)
         if empty:
             self.notes.append(f"{empty:,} of {len(table):,} masks are empty: what the phrase names is not there")
         return table
