@@ -62,7 +62,9 @@ class epalm(Way):
     @contextmanager
     def within(self, run):
         B, N = run.shown.shape
-        tokens, blocks = run.model.connector.map(run.states), run.model.pen.blocks                 # (B, N, K, D)
+        if run.made is None:
+            run.made = run.model.connector.map(run.states)
+        tokens, blocks = run.made, run.model.pen.blocks                                            # (B, N, K, D)
         at = torch.arange(N, device=run.shown.device) * (1 + self.soft)
 
         def enter(k):

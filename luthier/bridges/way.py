@@ -65,6 +65,7 @@ class Run:
     front: torch.Tensor                 # (B, N T, D)
     filling: bool = True                # whether the running forward reads the images, not only what follows them in a cache
     inside: bool = False                # whether the language model runs within the way now
+    made: object = None                 # what the way made of the states, kept for blocks that run once more
 
     @property
     def offset(self):

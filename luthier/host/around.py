@@ -108,6 +108,8 @@ class Around:
     def _beside(self, x, args, kwargs, name):
         """[what a module that no method ran would return beside its stream], [] where it returns no tuple. Learnt by running it
         once, uncounted: each part is one of the module's own arguments, or nothing."""
+        if self.site.role.startswith("mlp"):                # an MLP returns its stream alone
+            return []
         who, given = type(self.live[-1].method).__name__, dict(enumerate(args)) | kwargs
         if self.site.block == 0 and any(hasattr(v, "get_seq_length") for v in given.values()):
             raise DoesNotFit(f"{who} skips {self.site.name}, by which a KV cache tells how many tokens it holds. Skip other "
