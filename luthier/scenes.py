@@ -169,8 +169,7 @@ def scene(index, seed=0, size=64, least=1, most=4, split="all"):
     """Scene `index` of a seed, with `least` to `most` shapes (at most 9: a 3 x 3 grid keeps them apart)."""
     if split not in ("all", "seen", "novel") or not 1 <= least <= most <= 9 or size < 8:
         raise ValueError(f"scene(size={size}, least={least}, most={most}, split={split!r}): size is at least 8, 1 <= least <= "
-                         "most <= 9, "
-                         "split is all, seen or novel")
+                         "most <= 9, split is all, seen or novel")
     key = f"scene:{seed}:{index}:{split}"
     draw, cells, shapes = Draw(key), list(range(9)), []
     for k in range(least + draw.below(most - least + 1)):

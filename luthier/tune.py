@@ -112,8 +112,7 @@ def bare(model, names=None):
         task = tasks.KINDS["image-text-retrieval"](model, roles={"image": "image", "caption": "caption"})
     else:
         raise BadState(f"{model} is a model as it came, of kind {origin.kind}, and has learned no task. Tune it first: luthier "
-                       "tune DATA "
-                       f"--model {model} --with \"lora()\" --out DIR")
+                       f"tune DATA --model {model} --with \"lora()\" --out DIR")
     return task, task.build().eval()
 
 
@@ -167,15 +166,9 @@ def inputs(task, sources):
             (asked if asks else shown).extend(_inputs(source))
     if not shown:
         raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the text: luthier predict DIR "
-                         "image.png "
-                         "\"how many?\"")
-    if task.kind == "image-text-retrieval":
-        rows = [x if isinstance(x, dict) else {"image": x} for x in shown] + [{"caption": q} for q in asked]
-        if not any(row.get("caption", row.get(task.roles["caption"])) for row in rows):
-            raise DoesNotFit("There are images, and no text to rank them by. Name one behind them: luthier predict DIR "
-                             "pictures/ \"a red "
-                             "circle\"")
-        return rows
+                         "image.png \"how many?\"")
+    if hasattr(task, "among"):
+        return task.among(shown, asked)
     return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {})
             for x in shown for q in asked or [""]] if asks else shown
 

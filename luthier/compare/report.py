@@ -201,7 +201,7 @@ def page(document, found, said, picture):
              "Machine": _machine(document["machine"]), "Versions": ", ".join(f"{k} {v}" for k, v in document["versions"].items())}
     if task.get("notes"):
         facts["Data notes"] = "; ".join(task["notes"])
-    listed = "".join(f"<dt>{e(k)}</dt><dd>{e(str(v))}</dd>" for k, v in facts.items())
+    listed = _list({e(k): e(str(v)) for k, v in facts.items()})
     each = parts(document)
     titles = ["method", f"{task['metric']} (n={n})", *each.values(), *(title for _, title, _ in COLUMNS)]
     heads = "".join(f"<th>{e(t)}</th>" for t in titles).replace(" (", "<small>(").replace(")</th>", ")</small></th>")
@@ -273,8 +273,8 @@ def _said(answer):
 def _row(r, said, each=()):
     shown = cells(r)
     tds = [f"<td>{html.escape(brief(r['chain']))}</td>", f"<td>{shown[0]}</td>"]
-    parts = {k: figure(*r["each"][k]) for k in each if k in r["each"]}
-    apart = [f"<td title=\"{parts[k]}\">{parts[k].partition(' ')[0]}</td>" if k in parts else "<td>–</td>" for k in each]
+    told = {k: figure(*r["each"][k]) for k in each if k in r["each"]}
+    apart = [f"<td title=\"{told[k]}\">{told[k].partition(' ')[0]}</td>" if k in told else "<td>–</td>" for k in each]
     if r["failed"]:
         tds[1] = f"<td title=\"{html.escape(r['failed'])}\">{score(r)}{'' if r['mean'] is None else ' (a run stopped)'}</td>"
     tds += apart + [f"<td{' class=front' if key in r['front'] else ''}>{text}</td>" for (key, _, _),

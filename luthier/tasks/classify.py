@@ -55,8 +55,7 @@ class Labelled(Task):
             for i, value in enumerate(map(label, self.column(table, "label"))):
                 if value not in known:
                     raise BadData(f"{table.where(i)}: the label {value!r} is in no training row. {nearest(value, self.labels)} "
-                                  "Training "
-                                  "labels must cover all others: mend the label, or drop the row.")
+                                  "Training labels must cover all others: mend the label, or drop the row.")
         self.shown = self.labels
         if data.classes and all(n.lstrip("-").isdigit() and 0 <= int(n) < len(data.classes) for n in self.labels):
             self.shown = [data.classes[int(n)] for n in self.labels]
@@ -196,8 +195,7 @@ class Text(Task):
         for i, v in enumerate(values):
             if not isinstance(v, str):
                 raise BadData(f"{table.where(i)}: the {role} (column {self.roles[role]!r}) is {v!r}, not a text. Fill it in or "
-                              "drop the "
-                              "row.")
+                              "drop the row.")
         return values
 
     def encode_text(self, table):
@@ -227,8 +225,7 @@ class Regression(Text):
         x = torch.tensor(every["train"], dtype=torch.float64)
         if x.min() == x.max():
             raise BadData(f"{self.source}: every training target (column {self.roles['target']!r}) is {x[0].item()}. There is "
-                          "nothing to "
-                          "learn; name another column.")
+                          "nothing to learn; name another column.")
         self.mean, self.scale = x.mean().item(), x.std(unbiased=False).item()
 
     def encode(self, table):
@@ -290,8 +287,7 @@ class TokenClassification(Text):
                 new = [t for t in map(label, tags) if t not in known]
                 if new:
                     raise BadData(f"{table.where(i)}: the tag {new[0]!r} is in no training row. {nearest(new[0], self.labels)} "
-                                  "Mend the "
-                                  "tag, or drop the row.")
+                                  "Mend the tag, or drop the row.")
 
     @property
     def outside(self):

@@ -68,8 +68,7 @@ class Hub:
                 found = AutoProcessor.from_pretrained(self.origin.folder, trust_remote_code=False)
         except Exception as error:                       # transformers raises what it likes here
             raise BadState(f"The processor of {self.origin.ref} cannot be read: {str(error)[:200]} Save it again beside the "
-                           "model: "
-                           "processor.save_pretrained(FOLDER).") from error
+                           "model: processor.save_pretrained(FOLDER).") from error
         return found if isinstance(found, ProcessorMixin) and getattr(found, "image_processor", None) is not None else None
 
     def tokenizer(self):
@@ -200,8 +199,7 @@ class Hub:
         mine = getattr(self.processor, "image_token_id", None) if self.processor else None
         if None not in (mine, self.token) and mine != self.token:
             raise DoesNotFit(f"The image token of {self.origin.ref}'s processor is {mine}, its model's is {self.token}: they "
-                             "do not belong "
-                             "together. Put the model's own processor beside it.")
+                             "do not belong together. Put the model's own processor beside it.")
         try:
             with torch.no_grad():
                 outputs_of(model, batch)

@@ -133,8 +133,7 @@ class ImageClassification(Labelled):
         if bad and self.too_many(len(bad), table):
             i, error = next(iter(bad.items()))
             raise BadData(f"{table.where(i)}: the image cannot be read ({str(error)[:160] or type(error).__name__}); in all "
-                          f"{len(bad)} of "
-                          f"{len(images)}, and at most {UNREADABLE:.0%} may be broken. Mend or remove them.")
+                          f"{len(bad)} of {len(images)}, and at most {UNREADABLE:.0%} may be broken. Mend or remove them.")
         if bad:
             self.notes.append(f"{len(bad)} unreadable images left out, first {table.where(next(iter(bad)))}")
             return table.take(good)
@@ -199,9 +198,7 @@ class ImageClassification(Labelled):
                 decode(item, self.side)
             except Exception as error:
                 raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. "
-                              "Give a path "
-                              "to a PNG or "
-                              "JPEG, its bytes, or an array (H, W, 3).") from error
+                              "Give a path to a PNG or JPEG, its bytes, or an array (H, W, 3).") from error
         return super().predict(model, table.columns[self.roles["image"]], batch_size)
 
     def facts(self):

@@ -327,8 +327,7 @@ class ImageToText(Language):
                     model.see(torch.zeros(1, 3, self.side, self.side))
             except RuntimeError as error:
                 raise DoesNotFit(f"image_size={self.side}: {self.origin.ref} cannot look at images of that size "
-                                 f"({str(error)[:160]}). "
-                                 "Leave it out, or take a larger one.") from error
+                                 f"({str(error)[:160]}). Leave it out, or take a larger one.") from error
         return model.draw(seed)
 
     def loss(self, model, batch):

@@ -100,8 +100,7 @@ def _text(path, kind):
             yield from reader(stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")), path)
         except UnicodeDecodeError as error:
             raise BadData(f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} cannot be decoded. It is another "
-                          "format or "
-                          "another encoding. Save it as UTF-8.") from error
+                          "format or another encoding. Save it as UTF-8.") from error
         except EOFError as error:
             raise BadData(f"{path} is a truncated gzip file. Copy or download it again.") from error
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -130,8 +129,7 @@ def _csv(stream, path):
                 continue                             # a blank line
             if len(row) != len(header):
                 raise BadData(f"{path}, line {rows.line_num}: {len(row)} fields, but the header names {len(header)} "
-                              f"({', '.join(header)})"
-                              ". Quote a field that holds the delimiter, or mend the row.")
+                              f"({', '.join(header)}). Quote a field that holds the delimiter, or mend the row.")
             yield rows.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise BadData(f"{path}, line {rows.line_num}: {error}. Quotes must be closed, and doubled inside a field.") from error

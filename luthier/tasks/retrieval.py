@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..attach import base_of
-from ..errors import BadData
+from ..errors import BadData, DoesNotFit
 from . import metrics
 from .dual import loaded
 from .image import UNREADABLE, ImageClassification, decode
@@ -199,6 +199,14 @@ class Retrieval(ImageClassification):
     def facts(self):
         return {"image_size": self.side}
 
+    def among(self, shown, asked):
+        """The inputs of rank: images (or rows of a file) and the texts beside them."""
+        rows = [x if isinstance(x, dict) else {"image": x} for x in shown] + [{"caption": q} for q in asked]
+        if not any(row.get("caption", row.get(self.roles["caption"])) for row in rows):
+            raise DoesNotFit("There are images, and no text to rank them by. Name one behind them: luthier predict DIR "
+                             "pictures/ \"a red circle\"")
+        return rows
+
     def predict(self, model, inputs, batch_size=64):
         """Of images and texts, or rows of both: [{"images": [{"image", "score"}, ...]}] for a text, best first, and "texts" for
         each image; the score is the cosine."""
@@ -216,8 +224,7 @@ class Retrieval(ImageClassification):
                     texts.setdefault(text, len(texts))
             except Exception as error:               # Pillow raises whatever its decoders do
                 bad = BadData(f"Input {i} ({name[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. Give "
-                              "a path to "
-                              "a PNG or JPEG, its bytes, or an array (H, W, 3).")
+                              "a path to a PNG or JPEG, its bytes, or an array (H, W, 3).")
                 if errors is None:
                     raise bad from error
                 errors[i], found[i] = bad, {"error": str(bad)}

@@ -31,8 +31,7 @@ NAMES = {            # role -> column names that mean it, likeliest first
     "label": "label labels class category intent sentiment topic label_text coarse_label gold y target",
     "target": "target score rating value similarity label labels y",
     "text": "text sentence sentence1 premise question1 review content utterance tweet comment message document body context "
-            "query "
-            "question title description",
+            "query question title description",
     "caption": "caption captions text sentence description",
     "extra": "extra extra_caption second_caption long_caption",
     "attribute": "attribute attr state",

@@ -53,8 +53,7 @@ def find(source, seed=0):
     root = os.environ.get("LUTHIER_DATA")
     hint = "" if root else " Data sets of a folder of yours are found by name when LUTHIER_DATA names it."
     raise UnknownName(f"No data set is called {source!r}, and there is no such file. {nearest(source, known())} Give a file, a "
-                      "folder, a "
-                      f"hub id OWNER/NAME, or a built-in name.{hint}")
+                      f"folder, a hub id OWNER/NAME, or a built-in name.{hint}")
 
 
 def known():
@@ -172,8 +171,7 @@ def _images(path):
         raise BadData(f"The folder {path} holds neither a table ({' '.join(SUFFIXES)}, data.npz) nor images in one folder a "
                       "class. "
                       f"It holds: {', '.join(sorted(os.listdir(path))[:5]) or 'nothing'}. Put each class's images in a folder "
-                      "named "
-                      "for it.")
+                      "named for it.")
     empty = [c.name for c in classes if c.name not in {name for _, name in files}]
     if empty:
         raise BadData(f"{path}: the class folder {empty[0]!r} holds no image ({' '.join(IMAGES)}). Fill or remove it.")

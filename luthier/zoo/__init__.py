@@ -268,8 +268,7 @@ def _config(where, ref=None):
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:                       # missing files, no network, unknown types: all the user's to mend
         raise LuthierError(f"The model {ref or where} could not be loaded: {_first_line(error)} {nearest(ref or where, TABLE)} "
-                           "Give a "
-                           "zoo name, a folder with config.json, or a hub id that this machine can reach.") from error
+                           "Give a zoo name, a folder with config.json, or a hub id that this machine can reach.") from error
 
 
 def _transformers(where, ref, dtype, weights):
@@ -280,8 +279,7 @@ def _transformers(where, ref, dtype, weights):
     make = getattr(transformers, name, None)
     if make is None:
         raise LuthierError(f"{ref} is of the class {name}, which transformers does not have; code that comes with a model is "
-                           "never "
-                           "run. Use a model whose architecture transformers knows.")
+                           "never run. Use a model whose architecture transformers knows.")
     try:
         if not weights:
             return (make.from_config if name == "AutoModel" else make._from_config)(config, dtype=dtype), ()
@@ -293,8 +291,7 @@ def _transformers(where, ref, dtype, weights):
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise BadState(f"The weights of {ref} lack {len(missing)} tensors of {type(module).__name__}, first {missing[0]}: they "
-                       "would "
-                       "be random. Correct `architectures` in config.json, or get the whole file.")
+                       "would be random. Correct `architectures` in config.json, or get the whole file.")
     unused = tuple(sorted(info["unexpected_keys"]))
     if unused:
         warnings.warn(f"{ref}: {len(unused)} stored tensors have no place in {type(module).__name__} and are left out, "
@@ -334,8 +331,7 @@ def _timm(ref, weights):
         return timm.create_model(name, pretrained=weights)
     except Exception as error:
         raise LuthierError(f"{ref} could not be loaded: {_first_line(error)} timm's weights come from the hub: check the "
-                           "network, or "
-                           "save the model to a local folder once.") from error
+                           "network, or save the model to a local folder once.") from error
 
 
 def _timm_origin(ref):
