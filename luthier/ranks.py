@@ -310,9 +310,7 @@ def _replacing(tuned):
 
 def gather(tuned, read=whole):
     """Every trained state whole again, in process 0: to be saved. The base itself stays sharded."""
-    for module in tuned.base.modules():                    # of a block that has just run, whole tensors are registered
-        if hasattr(module, "reshard"):
-            module.reshard()
+    tuned.states.state_dict(keep_vars=True)                # fully_shard's hook there cuts again what a forward left whole
     for st in tuned.states.values():
         for n, p in st._parameters.items():
             if p is not None and sharded(p):

@@ -149,7 +149,7 @@ class _Run:
         except RuntimeError as e:
             if not ranks.lost(e):
                 raise
-            self._stop(f"Step {self.k + 1} of {self.total}: {ranks.silence()}", cause=e)
+            self._stop(f"Step {min(self.k + 1, self.total)} of {self.total}: {ranks.silence()}", cause=e)
 
     def _batches(self):
         """The batches of steps k, k+1, ... in the order that (seed, epoch) gives; this process's share of each."""

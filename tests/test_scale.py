@@ -120,6 +120,17 @@ def test_a_sharded_base_takes_half_the_memory(pair, tmp_path):
     assert half["peak"] < 0.8 * one["peak"]
 
 
+def test_a_connection_that_breaks_anywhere_in_a_step(pair, tmp_path):
+    """In a block's forward, in its backward, while gradients are summed: the state is the last good one, and can be saved."""
+    found = worker(pair, "cut", "fsdp", tmp_path)
+    assert len(found) > 10 and {k for _, k, _ in found} == {1, 2}
+    kept = dict((k, state) for _, k, state in found)
+    assert any((t - kept[2][n]).abs().max() > 1e-3 for n, t in kept[1].items())
+    for said, k, state in found:
+        assert "Step 3 of 3: Another of the 2 processes died" in said and f"after {k} steps" in said, said
+        assert state.keys() == kept[k].keys() and all(torch.equal(t, kept[k][n]) for n, t in state.items()), said
+
+
 def test_a_state_that_drifts_apart_is_noticed(pair, tmp_path):
     for said in worker(pair, "refused", "ddp", tmp_path):
         assert said.startswith("RunStopped: The processes no longer hold the same state") and "one process" in said
