@@ -294,12 +294,15 @@ def test_monointern_routes_tokens_by_kind():
     with torch.no_grad():
         for p in m.connector.experts.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    front = m.connector.map(m.vision.embeddings(pixels)[:, 1:])
+    patches = m.vision.embeddings(pixels)[:, 1:].view(1, 2, 2, 2, 2, -1)                # four by four, two by two of them a token
+    norm, first, _, last = m.connector.map
+    front = norm(patches.permute(0, 1, 3, 5, 2, 4).reshape(1, 4, -1)) @ first.weight.T + first.bias
+    front = F.gelu(front) @ last.weight.T + last.bias
     h = torch.cat([front, m.language.get_input_embeddings()(ids)], 1)
 
     def ffn(i, layer, x):
-        return torch.cat([m.connector.experts[i](x[:, :16]), layer.mlp(x[:, 16:])], 1) if i < 2 else layer.mlp(x)
-    y = walked(m.language, h, torch.arange(h.shape[1]), ffn=ffn)[:, 16:]
+        return torch.cat([m.connector.experts[i](x[:, :4]), layer.mlp(x[:, 4:])], 1) if i < 2 else layer.mlp(x)
+    y = walked(m.language, h, torch.arange(h.shape[1]), ffn=ffn)[:, 4:]
     assert torch.allclose(m(ids, pixel_values=pixels).logits, y, atol=1e-5)
 
 

@@ -2,9 +2,14 @@
     [q; t] = [q; t] + SelfAttention(norm [q; t]),  q = q + CrossAttention(norm q, a),  q = q + FFN(norm q),  t = t + FFN'(norm t)
 Liang et al., Acoustic Prompt Tuning: Empowering Large Language Models with Audition Capabilities, 2023. arXiv:2312.00249: q are n
 learned queries, t the instruction, a the states of a frozen audio encoder; after the last layer a linear map takes q to the
-language model's width, and the prompts stand between the words, where a sound is spoken of (image_places). Its Q-Former is
-BLIP-2's: cross-attention in every other layer, an FFN each for queries and text. Here t is read by the language model's own word
-embeddings, linearly mapped, and the audio encoder's frames are averaged by `every`; heed=False: queries see no instruction.
+language model's width, and the prompts stand between the words, where a sound is spoken of (image_places).
+
+Of the paper its abstract and its reviews were read (a Q-Former of 32 queries, first trained alone by matching, contrasting and
+captioning, which is not done here; then by the text's loss); the authors' repository leaves the aligner out. So the layer is
+InstructBLIP's, as in transformers' InstructBlipQFormerLayer: cross-attention in every other layer from the first, an FFN each for
+queries and words, words with places. Ours: norms in front (it starts from noise, not from BERT), t is the language model's own
+word embeddings, mapped, plus sines of their places, a has learned places, and `every` frames are averaged. heed=False: queries
+see no instruction.
 """
 
 import torch
@@ -35,6 +40,11 @@ class Layer(nn.Module):
         return q + self.queries(q), t + self.words(t)
 
 
+def sines(mask, w):                                       # (N, L) -> (N, L, w)
+    turns = (mask.cumsum(1) - 1).clamp(min=0)[..., None] * 1e4 ** (torch.arange(0, w, 2, device=mask.device) / -w)
+    return torch.cat([turns.sin(), turns.cos()], -1)[..., :w]
+
+
 class Aligner(nn.Module):
     def __init__(self, d, frames, D, n, w, layers, heads):
         super().__init__()
@@ -45,6 +55,7 @@ class Aligner(nn.Module):
 
     def forward(self, x, text, mask):                       # (N, S, d), (N, L, D), (N, L) -> (N, n, D)
         q, t, a = self.query.expand(len(x), -1, -1), self.text(text), self.sound(x) + self.place
+        t = t + sines(mask, t.shape[2]).to(t)
         padding = torch.cat([mask.new_ones(q.shape[:2]), mask], 1) == 0
         for layer in self.layers:
             q, t = layer(q, t, a, padding)

@@ -2,8 +2,9 @@
 Merullo et al., Linearly Mapping from Image to Text Space (LiMBeR), 2023. arXiv:2209.15162 §3: x are the last states of a frozen
 encoder's patches without its class token (BEIT: 196; CLIP's RN50x16: the 144 places of its last map), one prompt token each.
 An encoder that gives a vector (NF-ResNet) is mapped to k tokens by one matrix, (d, k D); `tokens=k` does so with any encoder's
-summary. Trained by the captioning loss alone. `grid=n`: the square of patches is pooled to n x n by maximum first, as VL-T5 on
-CLIP's maps does (VL-Adapter, arXiv:2112.06825 §4.1).
+summary. Trained by the captioning loss alone. `grid=n`: the square of patches is pooled to n x n by maximum first, as the
+code of VL-Adapter does with each image's CLIP map, 6 x 6 (arXiv:2112.06825; ylsung/VL_adapter, class Downsample in VL-T5/src/
+modeling_bart.py: an adaptive maximum, then the linear map).
 """
 
 from math import isqrt

@@ -1,8 +1,11 @@
 """A trained connector moved to another language model: what fits is carried over, the rest starts anew.
     1. bridge and train: vision, connector, A         2. realign: vision, connector', B; connector' = connector where shapes allow
-    3. tune connector' and a low-rank update of B: full(at="connector") >> lora(at="text.attn.q text.attn.v ...")
-Geigle et al., mBLIP: Efficient Bootstrapping of Multilingual Vision-LLMs, 2024. arXiv:2307.06930 §3: an image encoder and
-connector aligned to an English model are re-aligned to a multilingual one; vision stays frozen, B learns through LoRA.
+    3. tune connector' and a low-rank update of every matrix of B: full(at="connector") >> lora(at="text.attn.q ... text.mlp.down")
+Geigle et al., mBLIP: Efficient Bootstrapping of Multilingual Vision-LLMs, 2024. arXiv:2307.06930. Checked in the authors' code
+(gregor-ge/mBLIP, README.md, src/modules/modeling/mblip.py), not in the paper's text: the image encoder stays frozen; the Q-Former
+comes from BLIP-2, and so does the last linear map where the widths agree (mT0 for Flan-T5), or it starts anew (BLOOMZ); B is kept
+in 8 or 4 bits and learns through LoRA (rank 8, alpha 16, dropout 0.05) on all its matrices (use_lora=lora_all), with a rate of
+its own beside the connector's. A warm-up of that last map alone, before 3, is optional there: full(at="connector.map") here.
 """
 
 from luthier.attach import Tuned, base_of

@@ -1,13 +1,17 @@
 """Adapters that pass messages on the graph of attention.   h' = h + U (gelu(G h + g) ⊙ F') + u,   F' = α (A' F_V + (2μ/p) F_Q)
-Wu et al., p-Laplacian Adaptation, AAAI 2024. arXiv:2312.10613 §3, the authors' code. Behind each attention, self and cross, of
+Wu et al., p-Laplacian Adaptation, AAAI 2024. arXiv:2312.10613. Checked in the authors' code (wuhy68/p-Adapter, eff_blip/
+eff_modeling_blip.py, BertSelfAttention and BertSelfOutput), not in the paper's text. Behind each attention, self and cross, of
 output h = W_o [heads] and weights A, for a query i and a value j, per head (D is cut into as many as the attention has):
 
 F_Q = D (W_o q + b_o) + d,  F_V = D (W_o v + b_o) + d        A'_ij = A_ij (A_ij ‖F_Qi - F_Vj‖² + ε)^((p-2)/2)
 α_i = 1 / (Σ_j A'_ij + 2μ/p)                                 μ = μ0 (2 + tanh m), m = 0 and p train (p: `learn`)
 
-In an encoder's self-attention F_Q is F_V, its token's own, as in the code, which elsewhere drops the paper's term 2μ/p F_Q.
+In an encoder's self-attention F_Q is F_V, its token's own, as in the code. Elsewhere the code loses the term 2μ/p F_Q (it takes a
+block off the diagonal that is zero), and it has a decoder's self-attention as an encoder's where nothing is cached, as in
+training, but as a cross attention where something is: here both are cross attentions with that term. Of cross attentions the
+code averages the values to `image_sample_len`; here all stay.
 p = 2 is plain attention, F' = (A F_V + μ F_Q) / (1 + μ). `ffn` adds U relu(D x + d) + u beside the MLP, x its input. U = 0 and
-u = 0 at init: the identity. ε = 1e-6 keeps A' finite. W_o, b_o are the base's; queries and values are as the core gets them.
+u = 0 at init: the identity (the code draws U). ε = 1e-6 keeps A' finite. W_o, b_o are the base's; queries and values are as the core gets them.
 """
 
 import torch
