@@ -1,6 +1,7 @@
 """Sound as soft prompts: an audio encoder, an aligner that heeds the instruction, a frozen language model."""
 
 import json
+import math
 import wave
 
 import numpy as np
@@ -47,8 +48,14 @@ def attend(m, q, kv, mask=None):
     return (s.softmax(-1) @ V).transpose(1, 2).flatten(2) @ m.out_proj.weight.T + m.out_proj.bias
 
 
+def places(mask, w):
+    rows = [[max(sum(row[:i + 1]) - 1, 0) for i in range(len(row))] for row in mask.tolist()]         # counted from the first word
+    return torch.tensor([[[f(p / 10_000 ** (2 * k / w)) for f in (math.sin, math.cos) for k in range(w // 2)] for p in row]
+                         for row in rows])
+
+
 def align(c, x, text, mask):
-    q, t, a = c.query.expand(len(x), -1, -1), c.text(text), c.sound(x) + c.place
+    q, t, a = c.query.expand(len(x), -1, -1), c.text(text) + places(mask, c.query.shape[1]), c.sound(x) + c.place
     n, both = q.shape[1], torch.cat([torch.ones(len(x), q.shape[1], dtype=torch.long), mask], 1)
     for i, layer in enumerate(c.layers):
         h = torch.cat([q, t], 1)
@@ -90,6 +97,11 @@ def test_the_instruction_changes_the_prompts_of_a_clip():
     assert (a - c).abs().amax((1, 2)).min() > 1e-4
     deaf = made(way="apt(tokens=3, width=8, layers_of=2, heads=2, every=4, heed=False)")
     assert torch.equal(deaf.way.prompt(deaf.connector, states, text, mask), deaf.way.prompt(deaf.connector, states, other, mask))
+
+
+def test_the_first_frames_alone_are_read():
+    m, x = made(way="apt(tokens=3, width=8, layers_of=2, heads=2, every=4, frames=8)"), given()["input_features"]
+    assert torch.equal(m.see(x), made().see(x)[:, :, :2]) and len(m.connector.place) == 2
 
 
 def test_the_answer_does_not_reach_the_prompts():

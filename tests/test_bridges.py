@@ -306,6 +306,12 @@ def test_monointern_routes_tokens_by_kind():
     assert torch.allclose(m(ids, pixel_values=pixels).logits, y, atol=1e-5)
 
 
+def test_monointern_joins_squares_that_fit():
+    with pytest.raises(DoesNotFit, match="join=3.*16 patches"):
+        made(way="monointern(join=3)")
+    assert made(way="monointern(join=1)")(**given("llama")).logits.shape == (3, 12, 64)
+
+
 def test_monointern_never_runs_the_blocks_of_the_eyes():
     m, ran = made(way="monointern()"), []
     for block in m.eyes.blocks:

@@ -8,8 +8,8 @@ Of the paper its abstract and its reviews were read (a Q-Former of 32 queries, f
 captioning, which is not done here; then by the text's loss); the authors' repository leaves the aligner out. So the layer is
 InstructBLIP's, as in transformers' InstructBlipQFormerLayer: cross-attention in every other layer from the first, an FFN each for
 queries and words, words with places. Ours: norms in front (it starts from noise, not from BERT), t is the language model's own
-word embeddings, mapped, plus sines of their places, a has learned places, and `every` frames are averaged. heed=False: queries
-see no instruction.
+word embeddings, mapped, plus sines of their places, a has learned places. Whisper hears 30 seconds, silence behind a shorter
+sound: `frames` of it are read, and `every` so many of them averaged. heed=False: queries see no instruction.
 """
 
 import torch
@@ -68,12 +68,13 @@ class apt(Way):
     width: int = 256
     layers_of: int = 4
     heads: int = 4
-    every: int = 10                                         # frames that are averaged
+    frames: int = 0                                         # the first so many are read, of Whisper 50 a second; 0: all
+    every: int = 10                                         # so many are averaged
     heed: bool = True
     makes, sees, heeds = "audio-text", ("audio", "other"), True
 
-    def states(self, seen):                                 # (N, S / every, d)
-        return F.avg_pool1d(seen.tokens.mT, self.every, ceil_mode=True).mT
+    def states(self, seen):                                 # (N, frames / every, d)
+        return F.avg_pool1d(seen.tokens[:, :self.frames or None].mT, self.every, ceil_mode=True).mT
 
     def connector(self, fit):
         frames, d = fit.states

@@ -1,6 +1,6 @@
 """A trained connector moved to another language model: what fits is carried over, the rest starts anew.
     1. bridge and train: vision, connector, A         2. realign: vision, connector', B; connector' = connector where shapes allow
-    3. tune connector' and a low-rank update of every matrix of B: full(at="connector") >> lora(at="text.attn.q ... text.mlp.down")
+    3. tune connector' and a low-rank update of each matrix of B: full(at="connector") >> lora(at="text.attn.q ... text.mlp.down")
 Geigle et al., mBLIP: Efficient Bootstrapping of Multilingual Vision-LLMs, 2024. arXiv:2307.06930. Checked in the authors' code
 (gregor-ge/mBLIP, README.md, src/modules/modeling/mblip.py), not in the paper's text: the image encoder stays frozen; the Q-Former
 comes from BLIP-2, and so does the last linear map where the widths agree (mT0 for Flan-T5), or it starts anew (BLOOMZ); B is kept

@@ -11,7 +11,8 @@ block off the diagonal that is zero), and it has a decoder's self-attention as a
 training, but as a cross attention where something is: here both are cross attentions with that term. Of cross attentions the
 code averages the values to `image_sample_len`; here all stay.
 p = 2 is plain attention, F' = (A F_V + μ F_Q) / (1 + μ). `ffn` adds U relu(D x + d) + u beside the MLP, x its input. U = 0 and
-u = 0 at init: the identity (the code draws U). ε = 1e-6 keeps A' finite. W_o, b_o are the base's; queries and values are as the core gets them.
+u = 0 at init: the identity (the code draws U). ε = 1e-6 keeps A' finite. W_o, b_o are the base's; queries and values are as the
+core gets them.
 """
 
 import torch
