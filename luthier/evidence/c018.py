@@ -43,7 +43,7 @@ def curve(task, model, seed, lr):
     found.append(-_pairs.worth(tuned.eval(), task))
     parts = {}
     for name, p in tuned.trainable():
-        method = "connector" if ":full" in name else "lora" if ":lora" in name else "else"
+        method = "connector" if ":full@connector" in name else "lora" if ":lora@text" in name else "else"
         parts[method] = parts.get(method, 0) + p.numel()
     tuned.detach()
     return found, parts

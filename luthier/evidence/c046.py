@@ -47,7 +47,9 @@ class Chosen:
     def likely(self, model, rows):
         """Log-likelihoods of the answers of rows."""
         batch = self.collate(rows)
-        logits, labels = self.logits(model, batch)[:, :-1], batch["labels"][:, 1:]
+        logits, labels = self.logits(model, batch), batch["labels"]
+        if not self.apart:                                  # a decoder's logits are of what comes next
+            logits, labels = logits[:, :-1], labels[:, 1:]
         return -F.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="none").sum(1)
 
 
