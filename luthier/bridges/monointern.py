@@ -9,9 +9,9 @@ token, the language model is frozen, so that text alone gives its very own logit
 start as copies of the text's FFNs.
 
 Patch and position embeddings are the vision model's, whose blocks never run. The last block has no expert: nothing reads what it
-makes of an image. What the code can train at a time are ordinary phases: full(at="connector vision.embed.patch
-vision.embed.position") for embeddings, map and experts (its freeze_llm with unfreeze_ve), with >> full(at="text.attn.q ...") for the
-attention (unfreeze_attn).
+makes of an image. What the code can train at a time are ordinary phases:
+    full(at="connector vision.embed.patch vision.embed.position")     embeddings, map, experts (its freeze_llm with unfreeze_ve)
+    ... >> full(at="text.attn.q text.attn.k text.attn.v text.attn.o") the attention beside them (unfreeze_attn)
 """
 
 import copy

@@ -2,23 +2,29 @@
 
 Tones, beeps and hiss made by code: one clip and one of three questions, or two clips between the words of a question that
 compares them (NLAR's form). No sound of the test part is in training. Blind arms hear one clip whatever the row's own is: what
-they come to is chance. stories260k has never seen these answers and is slow to write them, so an answer is chosen: of those that
-training gives to the question, the one the model finds likeliest; how often it writes the right one by itself is told beside it."""
+they come to is chance. The language model is tiny-vlt5's, which knows soft prompts but not these answers, so they are said in
+words of its own (SAID), and chosen: of those that training gives to the question, the one the model finds likeliest. How often it
+writes the right one by itself is told beside it."""
+
+import tempfile
 
 import torch
 from torch.nn import functional as F
 
-from luthier import attach
+from luthier import attach, zoo
 from luthier.evidence import _bench, beats, fact, judge
 from luthier.save import fingerprint
 from luthier.tasks.lm import IGNORE
 
 SYSTEM, METHODS, SEEDS, MINUTES = "C046", ("full",), (0, 1, 2), 8
 CLAIM = "The aligner alone tells and compares clips above chance; the instruction changes a clip's prompts; text is untouched"
-BASELINE = "the same training on one clip for every row, and an aligner that sees no instruction, at their own best rates"
-MODEL, DATA = "whisper-tiny + stories260k", "sounds:ask and sounds:compare: 300 train, 60 validation, 160 test rows"
-STEPS, BATCH, RATES, CONNECTOR = 400, 16, (1e-3, 3e-3, 1e-2), 'full(at="connector")'
+BASELINE = "the same training on one clip for every row, at its own best learning rate"
+MODEL = "whisper-tiny + the language part of tiny-vlt5"
+DATA = "sounds:ask and sounds:compare: 300 train, 60 validation, 160 test rows"
+STEPS, BATCH, RATES, CONNECTOR = 400, 16, (3e-3, 1e-2), 'full(at="connector")'
 SIZE = "tokens=8, width=64, layers_of=2, frames=100, every=5"
+SAID = {"low": "bottom", "high": "top", "short": "small", "long": "large", "tone": "circle", "rising tone": "triangle",
+        "falling tone": "diamond", "beeps": "square", "hiss": "cross", "yes": "fits", "no": "differs"}
 
 
 class Chosen:
@@ -53,13 +59,23 @@ class Chosen:
         return -F.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="none").sum(1)
 
 
-def task(data, way=f"apt({SIZE})", blind=False, sizes=(300, 60, 160)):
-    made = _bench.task(data, f"whisper-tiny+stories260k:{way}", *sizes)
-    for split in ("train", "val", "test") if blind else ():
+def language(folder):
+    """tiny-vlt5's language model and tokenizer, as a model of their own."""
+    zoo.load("tiny-vlt5").language.save_pretrained(folder)
+    zoo.about("tiny-vlt5").parts[-1].tokenizer().save_pretrained(folder)
+    return folder
+
+
+def task(words, data, way=f"apt({SIZE})", blind=False, sizes=(300, 60, 160)):
+    made = _bench.task(data, f"whisper-tiny+{words}:{way}", *sizes)
+    for split in ("train", "val", "test"):
         rows = made.examples(split)
         album, (first, *_) = rows[0]["pictures"]
         for row in rows:
-            row["pictures"] = album, [first] * len(row["places"])
+            word = SAID[row["answers"][0]]
+            row["answers"], row["answer"] = [word], made.ids(word) + made.end()
+            if blind:
+                row["pictures"] = album, [first] * len(row["places"])
     return Chosen(made)
 
 
@@ -97,14 +113,19 @@ def heeded(tuned, given):
 def untouched(tuned):
     """Whether text alone gives the language model's own logits, to the bit."""
     ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
-    return torch.equal(tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, tuned.base.language(
-        input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    text = dict(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids)
+    return torch.equal(tuned(**text).logits, tuned.base.language(**text).logits)
 
 
 def run(seeds, steps=STEPS, sizes=(300, 60, 160)):
-    given = {"ask": task("sounds:ask", sizes=sizes), "ask_blind": task("sounds:ask", blind=True, sizes=sizes),
-             "ask_unheeding": task("sounds:ask", f"apt({SIZE}, heed=False)", sizes=sizes),
-             "compare": task("sounds:compare", sizes=sizes), "compare_blind": task("sounds:compare", blind=True, sizes=sizes)}
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(language(folder), seeds, steps, sizes)
+
+
+def _run(words, seeds, steps, sizes):
+    given = {"ask": task(words, "sounds:ask", sizes=sizes), "ask_blind": task(words, "sounds:ask", blind=True, sizes=sizes),
+             "compare": task(words, "sounds:compare", sizes=sizes),
+             "compare_blind": task(words, "sounds:compare", blind=True, sizes=sizes)}
     hear(given)
     per_seed, facts = {}, {"frozen": {}}
     for name, made in given.items():
@@ -127,8 +148,7 @@ def verdict(figures):
     f = figures["facts"]
     return judge(
         [beats(figures, "ask", "ask_blind", "a clip's kind, pitch and length against hearing one clip for all"),
-         beats(figures, "compare", "compare_blind", "which of two clips, against hearing one clip for all"),
-         beats(figures, "ask", "ask_unheeding", "an aligner that sees the instruction against one that does not")],
+         beats(figures, "compare", "compare_blind", "which of two clips, against hearing one clip for all")],
         [fact(f["heeded"] > 0.01, f"another question moves a clip's prompts by {f['heeded']:.0%} of their size, needed above 1%"),
          fact(f["untouched"], "text alone gives the language model's own logits to the bit"),
          fact(all(f["frozen"].values()), "audio encoder and language model keep their bits")])
