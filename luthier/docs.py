@@ -1,6 +1,6 @@
 """Pages that are generated, never typed: what a method is comes from its file, what a system's state is from its record.
 
-    luthier docs            write docs/methods.md, docs/methods/NAME.md, docs/systems.md, docs/sites.md
+    luthier docs            write docs/methods.md, docs/methods/NAME.md, docs/systems.md, docs/comparisons.md, docs/sites.md
     luthier docs --check    write nothing; fail and name the pages that no longer say what the code says
 
 `pages()` gives {path: text}; whoever adds a generated page adds one line to `GENERATORS`, or to `SLOW` what takes seconds.
@@ -214,6 +214,41 @@ def _came_out(r):
     return "<br>".join(_cell(reason) for reason in record(r["id"])[1]["reasons"])
 
 
+# -- comparisons ------------------------------------------------------------------------------------------------
+
+COMPARED = Path(__file__).parent.parent / "comparisons"
+
+
+def comparison_pages():
+    """What `luthier compare ... --out comparisons/NAME` left there; nothing where there is no checkout."""
+    if not COMPARED.is_dir():
+        return {}
+    lines = ["# Comparisons\n", "Each was made by the command that stands above it; the same command makes it again.\n"]
+    for path in sorted(COMPARED.glob("*/results.json")):
+        lines += _comparison(path)
+    return {"comparisons.md": "\n".join(lines)}
+
+
+def _comparison(path):
+    from luthier.compare import rows, store, table
+
+    document = store.read(path)
+    setting, task, machine = document["setting"], document["task"], document["machine"]
+    each, home, n = table.parts(document), f"../comparisons/{path.parent.name}", len(setting["seeds"])
+    head = ["method", task["metric"], *each.values(), "rate", *(title for _, title, _ in table.COLUMNS)]
+    yield f"## {rows.short(setting['model'])} on {rows.short(setting['data'])}\n"
+    yield f"```console\n$ {document['command']}\n```\n"
+    yield (f"Epochs: {setting['epochs']}, of {task['sizes']['train']:,} rows; mean and 95% interval over {n} seed{'s'[:n != 1]}; "
+           f"{machine['processor']}, {machine['cores']} cores, torch {document['versions']['torch']}. "
+           f"[Report, with answers before and after]({home}/report.html).\n")
+    yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+    for row in table.ordered(document):
+        score, *costs = table.cells(row, each)
+        found = [f"`{rows.brief(row['chain'])}`", score, *costs[:len(each)], "–" if row["lr"] is None else f"{row['lr']:g}"]
+        yield f"| {' | '.join(map(_cell, found + costs[len(each):]))} |"
+    yield f"\n{' '.join(rows.answer(document)['text'])}\n\n![score against cost]({home}/pareto.png)\n"
+
+
 # -- sites ----------------------------------------------------------------------------------------------------
 
 def site_pages():
@@ -233,4 +268,4 @@ def pair_pages():
     return pair_page()
 
 
-GENERATORS, SLOW = [method_pages, system_pages], [site_pages, pair_pages]
+GENERATORS, SLOW = [method_pages, system_pages, comparison_pages], [site_pages, pair_pages]

@@ -1,6 +1,8 @@
 """Generated pages say what the code and the records say, and what is linked exists. (tests/test_sites.py holds docs/sites.md.)"""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,21 @@ def test_every_system_has_a_row():
     text = docs.pages(slow=False)["systems.md"]
     for row in systems.systems():
         assert len(re.findall(rf"^\| \[?{row['id']}\b.*\| {row['state']} \|", text, re.M)) >= 1, row["id"]
+
+
+def test_a_comparison_is_what_its_command_left():
+    """Nothing typed: the command names the folder, and every row of the page is the mean of the runs it kept."""
+    made = docs.pages(slow=False)["comparisons.md"]
+    for path in docs.COMPARED.glob("*/results.json"):
+        document = json.loads(path.read_text("utf-8"))
+        argv = shlex.split(document["command"])
+        assert argv[:2] == ["luthier", "compare"] and argv[argv.index("--out") + 1] == f"comparisons/{path.parent.name}"
+        assert f"$ {document['command']}\n" in made and {"report.html", "pareto.png"} <= {p.name for p in path.parent.iterdir()}
+        runs = [document["entries"][k] for k in document["plan"] if k in document["entries"]]
+        for chain in document["setting"]["methods"]:
+            scores = [e["result"]["score"] for e in runs if e["job"]["chain"] == chain and e["job"]["kind"] == "score"]
+            line = next(x for x in made.splitlines() if x.startswith(f"| `{chain.replace('()', '')}` |"))
+            assert len(scores) == len(document["setting"]["seeds"]) and f" {sum(scores) / len(scores):.4f}" in line
 
 
 def test_pages_go_stale_and_are_written_and_removed(tmp_path):

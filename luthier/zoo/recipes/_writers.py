@@ -7,11 +7,12 @@ prompt, on scenes of one to four shapes with split="seen", where novel pairs of 
     caption:  something that is true of the picture            all:      every shape, row by row
     layout:   every shape and where it stands                  counts:   how many of each shape, or of each colour
     relation: how two shapes stand to each other               region:   what is in a box x0 y0 x1 y1 (32 steps a side)
-    match:    whether a text fits the picture, or differs      fill:     the words that are left out of a text
+    match:    whether a text fits the picture, or differs      boxes:    every shape, of one colour, or of one form, with its box
+    fill:     the words that are left out of a text
 
 "all:" is also asked of two or three pictures, "fill:" also without one: of texts about scenes and of the crowd-written sentences
 in the training part of NLVR (Suhr et al., 2017; CC BY 4.0; no picture or answer of it is shown). What the tasks on scenes ask
-(questions, true or false, where a shape is, a description from left to right) is never asked here.
+(questions, true or false, where the shape of a full name is, a description from left to right) is never asked here.
 """
 
 import json
@@ -35,11 +36,11 @@ from .tiny_clip import caption, true
 SIDE, LONGEST, WORDS, HOLES = 64, 512, 1024, 4
 WAY = "limber(dropout=0.0, grid=4)"
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>", *(f"<extra_id_{k}>" for k in range(HOLES))]
-KINDS = ("caption",) * 3 + ("all",) * 5 + ("layout",) * 3 + ("counts",) * 2 + ("relation",) * 2 + ("region",) * 4 + (
-    "match",) * 4 + ("fill",) * 2
+KINDS = ("caption",) * 3 + ("all",) * 4 + ("layout",) * 2 + ("counts",) * 2 + ("relation",) * 2 + ("region",) * 4 + (
+    "match",) * 4 + ("fill",) * 2 + ("boxes",) * 8
 NUMBERS, PANELS = ("no", "one", "two", "three", "four"), ("first", "second", "third")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-SETTINGS = dict(steps=2000, batch=64, lr=1e-3, eyes=5e-4, warmup=150, weight_decay=0.01, seed=0, images=200)
+SETTINGS = dict(steps=2500, batch=64, lr=1e-3, eyes=5e-4, warmup=150, weight_decay=0.01, seed=0, images=200)
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
@@ -60,6 +61,16 @@ def everything(s):
 
 def layout(s):
     return ", ".join(f"{PLACES[place(x)]}: {x.colour} {x.shape}" for x in sorted(s.shapes, key=place))
+
+
+def box(s, k):
+    return " ".join(map(str, replace(s, size=32).boxes()[k]))
+
+
+def boxes(s, which=""):
+    """which: a colour, a form, or all."""
+    found = sorted(range(len(s.shapes)), key=lambda k: place(s.shapes[k]))
+    return ", ".join(f"{s.shapes[k].name} {box(s, k)}" for k in found if which in ("", s.shapes[k].colour, s.shapes[k].shape))
 
 
 def counts(s, what):
@@ -121,7 +132,11 @@ def about(kind, s, draw):
         return match(s, draw)
     if kind == "region":
         k = draw.below(len(s.shapes))
-        return f"region: {' '.join(map(str, replace(s, size=32).boxes()[k]))}", f"a {s.shapes[k].name}"
+        return f"region: {box(s, k)}", f"a {s.shapes[k].name}"
+    if kind == "boxes":
+        x = draw.one(s.shapes)
+        which = draw.one(("", x.colour, x.shape))
+        return f"boxes: {which}".strip(), boxes(s, which)
     if kind == "counts":
         what = draw.one(("shape", "colour"))
         return f"counts: {what}", counts(s, what)
@@ -293,11 +308,11 @@ def train(name, language, apart, out, say=print, **changed):
 
 def scores(model, n=200):
     """On new scenes of seen pairs, and of which one pair at least is novel: BLEU and exact share of "all:", exact shares of what
-    has one right answer, and of "match:"; the loss of a token of filled sentences."""
+    has one right answer, and of "match:"; of "boxes:" the share of first boxes that overlap the true one by half (IoU)."""
     task, was, found = task_of(model), model.training, {}
     model.eval()
     for name, split in (("", "seen"), ("novel ", "novel")):
-        for kind in ("all", "layout", "counts", "region", "match"):
+        for kind in ("all", "layout", "counts", "region", "match", "boxes"):
             draw, asked = scenes.Draw("scores", kind), []
             for i in range(n):
                 s = scenes.scene(i, 6000, SIDE // 2, 1, 4, split)
@@ -306,7 +321,7 @@ def scores(model, n=200):
             said, right = task.said(model, coded(task, asked), 50), [[r] for *_, r in asked]
             if kind == "all":
                 found[f"{name}caption BLEU"] = round(metrics.bleu(said, right), 3)
-            found[name + kind] = round(metrics.exact(said, right), 3)
+            found[name + kind] = round((metrics.acc_iou if kind == "boxes" else metrics.exact)(said, right), 3)
     model.train(was)
     return found
 
