@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from luthier.method import parse
 from luthier.site import sites
 from luthier.tasks import metrics
 from luthier.tasks.dual import Named
+from luthier.train import train
 
 WORDS = "<unk> <pad> <s> </s> a photo of . red blue round flat slow quick"
 
@@ -535,3 +538,80 @@ def test_the_example(tmp_path, monkeypatch, capsys, folder):
     before, after = example.main("scenes:classify-shape", folder, shots=2, steps=2)
     said = capsys.readouterr().out
     assert f"zero-shot: {before:.1%}" in said and "256 trained numbers" in said and (tmp_path / "coop-state").is_dir()
+
+
+# -- what does not change is computed once ------------------------------------------------------------------------------
+
+
+def counted(m):
+    """How often each side runs, from now on."""
+    calls = Counter()
+    for side in ("text", "vision"):
+        getattr(m.dual, f"{side}_model").register_forward_pre_hook(lambda m, args, side=side: calls.update([side]))
+    return calls
+
+
+def opened(folder, kept=True):
+    task = tasks.open(arrays(["red", "blue", "slow"], 60), model=folder, task="class-names", limit=dict(train=24, test=6))
+    if not kept:
+        task.seeing = lambda model: nullcontext()
+        task.outcomes = lambda *given: super(type(task), task).outcomes(*given)
+    return task
+
+
+CHAINS = dict(none="none", coop="coop(n=2)", own="coop(n=2, own=True)", cocoop="cocoop(n=2, reduce=4)",
+              eyes="lora(at='vision.attn.q', rank=2)", ears="lora(at='text.attn.q', rank=2)",
+              dpt="coop(n=2) >> cavpt(k=2, inner=4, free=2)", ramt="ramt(drop=0.5)")
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_texts_are_read_once_and_still_eyes_look_once(folder, name):
+    found, ran = [], []
+    for kept in (True, False):
+        task = opened(folder, kept)
+        tuned = jiggle(attach(task.build(), CHAINS[name]))
+        calls, said = counted(tuned.base), []
+        for _ in range(2):                               # batches of one size: products round alike
+            said.append(task.evaluate(tuned, "test", batch_size=2))
+            ran.append(dict(calls))
+            calls.clear()
+        said.append(task.predict(tuned, [picture(i) for i in range(6)], batch_size=2))
+        ran.append(dict(calls))
+        found.append(said)
+    assert found[0] == found[1]                          # to the bit
+    per = 2 if name == "dpt" else 1                      # cavpt asks what the bare model says, too
+    assert ran[3]["text"] == ran[4]["text"] == ran[5]["text"] == 3 * per
+    assert ran[4]["vision"] == 3 * per
+    for seen in (ran[0], ran[1], ran[2]):
+        assert seen["text"] - (seen is ran[0]) == (3 if name == "cocoop" else per)
+    looks = 0 if name in ("none", "coop", "own", "cocoop", "ears") else 3 * per
+    assert ran[1].get("vision", 0) == looks and ran[2]["vision"] == 3 * per
+
+
+@pytest.mark.parametrize("name", [n for n in CHAINS if n != "none"])
+def test_training_on_what_was_seen_gives_the_same_losses(folder, name):
+    found, states, ran = [], [], []
+    for kept in (True, False):
+        task = opened(folder, kept)
+        tuned = attach(task.build(), CHAINS[name])
+        calls = counted(tuned.base)
+        found.append(train(tuned, task, epochs=3, batch_size=8, seed=0, progress=False, log=False)["loss"])
+        states.append([p.detach().clone() for _, p in tuned.trainable()])
+        ran.append(dict(calls))
+    assert found[0] == found[1] and len(found[0]) == 9 and all(map(torch.equal, *states))
+    looks = name in ("coop", "own", "cocoop", "ears")
+    assert ran[0]["vision"] - 1 == 3 if looks else ran[0]["vision"] >= 9
+    assert ran[0]["text"] - 1 == 1 if name == "eyes" else ran[0]["text"] >= 9
+
+
+def test_what_was_seen_depends_on_what_looks(folder):
+    task = opened(folder)
+    before = task.evaluate(attach(task.build(), "coop(n=2)"), "test")
+    tuned = attach(task.build(), "coop(n=2)")
+    with torch.no_grad():
+        tuned.base.dual.visual_projection.weight.mul_(-1)
+    assert task.evaluate(tuned, "test") != before
+    tuned = attach(task.build(), "coop(n=2)")
+    attach(tuned, "lora(at='vision.attn.q', rank=2)")    # beside it: the eyes are not still
+    with task.seeing(tuned):
+        assert "pixel_values" in next(task.batches("train", 4))

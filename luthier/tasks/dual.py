@@ -5,8 +5,11 @@
 f and g are the image and text towers with their projections (CLIP 2103.00020 §3.1.4; SigLIP adds a bias). What the towers do
 in a forward is on offer to methods as the context: `image()`, the images' unit features (B, d), and `texts()`, features of
 the texts (C, d), in whatever order they are asked for; `scores()`, all cosines (B, C), of the bare towers where it is asked
-for asleep. Each is computed once a forward.
+for asleep. Each is computed once a forward; within `keeping()`, what reads no image and does not change is computed once.
 """
+
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -14,6 +17,8 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..errors import BadData, DoesNotFit
+from ..host import Host
+from ..still import reached, resting, still
 from .headed import Output
 
 
@@ -44,6 +49,7 @@ class Named(nn.Module):
         if not hasattr(dual, "scaled"):              # the very same Parameter: read here, so that methods can reach it here
             self.logit_scale, self.logit_bias = dual.logit_scale, getattr(dual, "logit_bias", None)
         self.parts, self.tokenizer, self.most = parts, tokenizer, _positions(dual)
+        self.kept, self.settled, self.asked = None, False, False         # asked: whether what reads the texts looked at an image
         ids, mask, self.spans = encode(tokenizer, [template.format(n) for n in names], self.most,
                                        [(template.index("{}"), template.index("{}") + len(n)) for n in names])
         self.register_buffer("texts", ids, persistent=False)
@@ -80,9 +86,52 @@ class Named(nn.Module):
         mask = {} if self.mask is None else {"attention_mask": self.mask[:n]}
         return _vector(self.dual.get_text_features(input_ids=self.texts[:n], **mask))
 
-    def forward(self, pixel_values, labels=None):
-        self.context.update(image=_once("image", lambda: self.images(pixel_values)), texts=_once("texts", self.speak),
-                            scores=_once("scores", lambda: self.images(pixel_values) @ F.normalize(self.speak(), dim=-1).T))
+    # -- what does not change is computed once ------------------------------------------------------------------------
+    @cached_property
+    def sides(self):
+        """The modules that looking at an image runs, and those that reading a text runs."""
+        mask = {} if self.mask is None else {"attention_mask": self.mask[:1]}
+        return tuple(reached(self, work) for work in (
+            lambda: self.images(**self.example()), lambda: self.dual.get_text_features(input_ids=self.texts[:1], **mask)))
+
+    @contextmanager
+    def keeping(self, settled=False):
+        """Within, texts are read once where nothing tunes what reads them; settled: or no state changes, as in evaluation."""
+        before = self.kept, self.settled
+        self.kept, self.settled = {}, settled
+        try:
+            yield self
+        finally:
+            self.kept, self.settled = before
+
+    def read(self):
+        """As speak(); what it said before where no image has a say in it."""
+        host = Host.of(self)
+        if self.kept is None or host and host.rows is not None:
+            return self.speak()
+        alike = still(self, self.sides[1])
+        if not alike and (torch.is_grad_enabled() or not self.settled):
+            return self.speak()
+        key = self.training, tuple(o.name for o in host.owners if o.active) if host else ()
+        if key not in self.kept:
+            before, self.asked = self.asked, False
+            with resting(self.sides[1]) if alike else nullcontext():
+                t = self.speak()
+            if self.asked or len(t) != (self.old if self.training else len(self.texts)):
+                return t
+            self.kept[key], self.asked = t, before
+        return self.kept[key]
+
+    def forward(self, pixel_values=None, labels=None, image_features=None):
+        """image_features: what images() gave, in place of pixels, where nothing tunes what looks."""
+        def look():
+            return self.images(pixel_values) if image_features is None else image_features
+        seen = {"image": _once("image", look), "scores": _once("scores", lambda: look() @ F.normalize(self.read(), dim=-1).T)}
+
+        def offer(what):
+            self.asked = True
+            return seen[what]()
+        self.context.update({k: partial(offer, k) for k in seen} | {"texts": _once("texts", self.read)})
         try:
             x, t = self.context["image"](), F.normalize(self.context["texts"](), dim=-1)
         finally:

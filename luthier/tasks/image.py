@@ -69,7 +69,7 @@ class Images:
 
     def __init__(self, items, targets, side, base):
         self.items, self.targets, self.side, self.base = items, targets, side, base
-        self.kept, self.bytes = {}, 0
+        self.kept, self.bytes, self.split = {}, 0, None
 
     def __len__(self):
         return len(self.items)
@@ -83,7 +83,8 @@ class Images:
             image = decode(self.items[i], self.side, self.base, told)
             if self.bytes + image.numel() <= BUDGET:
                 self.kept[i], self.bytes = image, self.bytes + image.numel()
-        return {"image": image} | ({} if self.targets is None else {"labels": self.targets[i]})
+        known = {} if self.split is None else {"key": (self.split, i)}
+        return {"image": image} | known | ({} if self.targets is None else {"labels": self.targets[i]})
 
 
 class ImageClassification(Labelled):

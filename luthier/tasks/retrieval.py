@@ -14,12 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..attach import base_of
 from ..errors import BadData, DoesNotFit
+from ..still import once
 from . import metrics
 from .dual import loaded
 from .image import UNREADABLE, ImageClassification, decode
 from .source import IMAGES
-
-KEPT = 2 << 30                 # bytes of what frozen encoders made of rows
 
 
 class Retrieval(ImageClassification):
@@ -134,7 +133,7 @@ class Retrieval(ImageClassification):
         def see(new):
             x = ImageClassification.collate(self, new)["pixel_values"]
             return base.see(x.to(next(base.parameters()).device))[:, 0]
-        return _once(memory, [(e["split"], e["key"]) for e in examples], examples, see)
+        return once(memory, [(e["split"], e["key"]) for e in examples], examples, see)
 
     def heard(self, rows):
         base, memory = self.encoders[1]
@@ -142,7 +141,7 @@ class Retrieval(ImageClassification):
         def hear(new):
             states = base.hear(**{k: v.to(next(base.parameters()).device) for k, v in self.padded(new).items()})
             return [s[:len(ids)] if s.dim() == 2 else s for s, ids in zip(states, new, strict=True)]
-        return _once(memory, [tuple(ids) for ids in rows], rows, hear)
+        return once(memory, [tuple(ids) for ids in rows], rows, hear)
 
     def build(self, seed=0, dtype=None):
         return loaded(self, seed, dtype)
@@ -274,18 +273,6 @@ class Retrieval(ImageClassification):
 
     def state(self):
         return {}
-
-
-def _once(memory, keys, items, make):
-    """make([...]) of those items whose keys are not in memory yet; -> one a key."""
-    new = {key: item for key, item in zip(keys, items, strict=True) if key not in memory}
-    if new:
-        with torch.no_grad():
-            fresh = dict(zip(new, make(list(new.values())), strict=True))
-        if next(iter(fresh.values())).nbytes * (len(memory) + len(fresh)) > KEPT:
-            return [memory[key] if key in memory else fresh[key] for key in keys]
-        memory.update(fresh)
-    return [memory[key] for key in keys]
 
 
 def _best(what, scores, names, most):
