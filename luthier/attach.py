@@ -330,9 +330,12 @@ class Tuned(nn.Module):
         if thawed and torch.compiler.is_compiling():
             raise DoesNotFit(f"{type(self.base).__name__} runs a tower of its own without gradients, and compiled there is no "
                              "way around that. Train it uncompiled; compile it afterwards.")
-        with nullcontext() if keep_all else lean(), Thawed(self._host.frozen) if thawed else nullcontext():
+        first = self.training and self.active and torch.is_grad_enabled() and self.forwards == 1 and not (
+            transformed or torch.compiler.is_compiling())
+        with nullcontext() if keep_all else lean(), Thawed(self._host.frozen) if thawed else nullcontext(), \
+                self._unsealed() if first else nullcontext():
             out = self.model(*args, **kwargs)
-        if self.training and self.active and torch.is_grad_enabled() and self.forwards == 1 and not keep_all:
+        if first and not keep_all:
             self._check_learns(out)
         if self.training and self.active and torch.is_grad_enabled() and any(m.has("loss") for m in self.chain):
             self._last.update(args=args, kwargs=kwargs, out=out)
@@ -442,6 +445,24 @@ class Tuned(nn.Module):
         if late and self.forwards and not self.stepped:
             raise ScheduleNotStepped(f"{', '.join(late)} has a schedule, and after {self.forwards} training forwards nobody has "
                                      "advanced it. Call tuned.step(optimizer) after every optimizer.step().")
+
+    @contextmanager
+    def _unsealed(self):
+        """Within, a forward that runs what trains under inference_mode is refused: no gradient ever gets there, nor past it."""
+        def enter(module, args):
+            if torch.is_inference_mode_enabled():
+                raise DoesNotFit(f"{self.chain!r} cannot learn: {type(self.base).__name__} runs {type(module).__name__}, which "
+                                 "it tunes, under torch.inference_mode, and what is computed there has no gradients. Choose "
+                                 "sites outside of it (`luthier sites`), or write no_grad there: that Luthier can undo.")
+        places = [*self._host.patches.values(), *self._host.ports.values()]
+        mine = {e.module for p in places for e in p.entries if e.owner is self._owner
+                and any(q.requires_grad for q in e.state.parameters())}
+        handles = [m.register_forward_pre_hook(enter, prepend=True) for m in mine]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _check_learns(self, out):
         found = list(_tensors(out))

@@ -175,19 +175,38 @@ def test_only_towers_count():
     assert {c.co_name for c in frozen(model, attach(model, DENSE)._host.towers)} == {"forward", "get_conditional_embeddings"}
 
 
-class Sealed(Frozen):
-    def look(self, x):
-        with torch.inference_mode():
-            return self.tower(x).last_hidden_state.clone()
-
+class Cut(Frozen):
     def forward(self, pixel_values):
-        return self.look(pixel_values).clone()
+        return self.look(pixel_values).detach()
 
 
 def test_what_cannot_learn_is_refused():
-    tuned = attach(Sealed(), "full(at='block.0.attn.q')").train()
+    tuned = attach(Cut(), "full(at='block.0.attn.q')").train()
     with pytest.raises(DoesNotFit, match="would learn nothing"):
         tuned(tiny.batch("vit")["pixel_values"])
+
+
+class SealedBelow(Frozen):
+    """What trains stands in the sealed tower and above it, so that the outputs do depend on something."""
+
+    @torch.inference_mode()
+    def look(self, x):
+        return self.tower(x).last_hidden_state
+
+    def forward(self, pixel_values):
+        return self.head(self.look(pixel_values).mean(1).clone())
+
+
+def test_a_tower_under_inference_mode_is_refused_before_a_step():
+    x = tiny.batch("vit")["pixel_values"]
+    for chain in ("full(at='block.0.attn.q head')", "houlsby(at='block.0.out', width=2) >> full(at='head')"):
+        tuned = attach(SealedBelow(), chain).train()
+        with pytest.raises(DoesNotFit, match=r"under torch\.inference_mode"):
+            tuned(x)
+        assert tuned.eval()(x).shape == (len(x), 2)
+    above = attach(SealedBelow(), "full(at='head')").train()
+    above(x).square().mean().backward()
+    assert all(p.grad is not None for _, p in above.trainable())
 
 
 def test_recorded_states_are_those_after_a_change(seg):
