@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import zoo
 from ..errors import DoesNotFit
 from ..tokens import together
 from .way import DEFAULT, Fit, Run, Seen
@@ -21,7 +22,6 @@ EYES = ("vision_model", "vision_tower", "visual")
 def bridge(vision, language, with_=DEFAULT, *, seed=0, dtype=None):
     """A Bridged or, where the way makes one, a Dual of two models, each a module or what `luthier.zoo.load` takes; the connector
     starts untrained, from `seed`."""
-    from .. import zoo
     from . import parse
 
     way = parse(with_)
@@ -47,6 +47,14 @@ def eyes(model):
     return next((m for n, m in base.named_modules() if n.rpartition(".")[2] in EYES), base)
 
 
+def heard(ears):
+    """The shape of what ears take of one sound: a log-mel spectrum (bins, frames), or samples (n,); None of eyes."""
+    config = getattr(ears, "config", None)
+    if bins := getattr(config, "num_mel_bins", None):
+        return bins, 2 * config.max_source_positions
+    return (zoo.SAMPLES,) if getattr(ears, "main_input_name", "") == "input_values" else None
+
+
 class _Enough(Exception):
     """The vision model has given what is read of it."""
 
@@ -65,8 +73,9 @@ class Pair(nn.Module):
             with torch.no_grad():                           # one look says what there is to read
                 states = self.see(self.blank())[0, 0]
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DoesNotFit(f"{type(vision).__name__} does not look at images ({str(error)[:200]}). Bridge from a vision "
-                             "model such as dinov2-s.") from error
+            like = "an audio encoder such as whisper-tiny" if "audio" in way.sees else "a vision model such as dinov2-s"
+            raise DoesNotFit(f"{type(vision).__name__} gives {way!r} nothing that it reads ({str(error)[:200]}). Bridge from "
+                             f"{like}, or in another way.") from error
         self.shape = tuple(states.shape)
         self.connector = self._fresh(seed)
 
@@ -91,10 +100,9 @@ class Pair(nn.Module):
 
     def still(self, part=None):
         """Whether nothing tunes the eyes (or another part): what they see may then be computed once."""
-        from ..host import Host
+        from ..still import still
 
-        host, part = Host.of(self), part or self.vision
-        return not any(p.requires_grad for p in part.parameters()) and not (host and host.touches(set(part.modules())))
+        return still(self, set((part or self.vision).modules()))
 
     def train(self, mode=True):
         """Training mode; a part that nothing tunes drops nothing. Whether that is so is known where the methods are on this model
@@ -123,16 +131,13 @@ class Pair(nn.Module):
         return write(self, folder, save_file)
 
     # -- looking ----------------------------------------------------------------------------------------------------
-    def blank(self, rows=1):
-        """What eyes that see nothing are given: images; of ears, log-mel spectra (rows, bins, frames)."""
-        like, config = next(self.vision.parameters()), getattr(self.vision, "config", None)
-        if bins := getattr(config, "num_mel_bins", None):
-            return like.new_zeros(rows, bins, 2 * config.max_source_positions)
-        return like.new_zeros(rows, 3, self.side, self.side)
+    def blank(self, rows=1, side=None):
+        """What eyes that see nothing are given: images; ears that hear nothing: log-mel spectra, or samples."""
+        return next(self.vision.parameters()).new_zeros(rows, *(heard(self.vision) or (3, side or self.side, side or self.side)))
 
     def see(self, pixel_values):
         """What the connector reads of images, (B, N, ...): may be computed once and given as image_states ever after."""
-        one = 3 if getattr(getattr(self.vision, "config", None), "num_mel_bins", None) else 4
+        one = 1 + len(heard(self.vision) or "CHW")
         x = pixel_values if pixel_values.dim() > one else pixel_values[:, None]
         with together(x.shape[1]):
             states = self.way.states(self._look(x.flatten(0, 1).to(next(self.vision.parameters()).dtype)))
@@ -173,6 +178,7 @@ class Pair(nn.Module):
         finally:
             handle.remove()
         h, fixed = kept[0], self.eyes.fixed
+        h = _tokens(h, self.eyes.dim) if h.dim() == 4 else h
         return Seen(h[:, fixed:], h[:, fixed:].mean(1), (), fixed)
 
     @property
@@ -342,6 +348,18 @@ class Bridged(Pair):
         if self.writes_apart or not torch.is_tensor(out):
             return out
         return torch.cat([input_ids.repeat_interleave(len(out) // len(input_ids), 0), out], 1)
+
+    @property
+    def numbered(self):
+        """Whether the language model's places are parameters, so that there are only so many."""
+        from ..site import sites
+
+        return any(s.role == "embed.position" for s in sites(self.language))
+
+    def taken(self, states):
+        """How many places of the language model an image of these states (1, 1, ...) takes."""
+        with torch.no_grad():
+            return self._inputs(torch.zeros(1, 1, dtype=torch.long, device=states.device), None, states, None)[0].shape[1] - 1
 
     def can_generate(self):
         return True

@@ -20,11 +20,11 @@ MARK, WAV = "<clip>", (".wav",)
 
 
 class Clips(Album):
-    """Sounds, each once, as log-mel spectra."""
+    """Sounds, each once, as log-mel spectra, or as so many samples of mean 0 and variance 1."""
 
-    def __init__(self, bins, frames):
+    def __init__(self, bins=80, frames=3000, samples=0):
         super().__init__(None)
-        self.bins, self.frames = bins, frames        # a hundred a second
+        self.bins, self.samples, self.frames = bins, samples, samples * 100 // sounds.RATE or frames       # a hundred a second
 
     def look(self, k, told=None):
         if k not in self.kept:
@@ -32,6 +32,11 @@ class Clips(Album):
             x = samples(item, base)
             if told is not None and len(x) > self.frames * sounds.RATE // 100:
                 told[f"longer than {self.frames / 100:g} seconds: cut there"] += 1
+            if self.samples:
+                x = torch.from_numpy(x[:self.samples].copy())
+                x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
+                self.kept[k] = torch.nn.functional.pad(x, (0, self.samples - len(x)))
+                return self.kept[k]
             made = extractor(self.bins, -(-self.frames // 100))(x, sampling_rate=sounds.RATE, return_tensors="pt")
             self.kept[k] = made["input_features"][0, :, :self.frames]
         return self.kept[k]
@@ -76,7 +81,7 @@ class AudioToText(ImageToText):
 
     def new_album(self):
         facts = self.origin.image if self.origin else {}
-        return Clips(facts.get("bins", 80), facts.get("frames", 3000))
+        return Clips(**{k: facts[k] for k in ("bins", "frames", "samples") if k in facts})
 
     def pixels(self, keys):
         return torch.stack([album.look(k) for album, k in keys])

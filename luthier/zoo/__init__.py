@@ -30,6 +30,7 @@ __all__ = ["Origin", "about", "entries", "installed", "lasting", "load", "names"
 
 
 BRIDGE = "bridge.json"          # what a folder with a bridged model holds
+SAMPLES = 160_000               # of a sound, for models that hear samples (wav2vec 2.0, HuBERT): ten seconds
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Origin:
                                # "image-text" (reads images and text, writes text) | "audio-text" | "audio" | "other"
     licence: str = "unknown"
     folder: str = ""           # where the tokenizer lies, if there is one
-    image: dict = field(default_factory=dict)        # mean, std, sizes; of spectra bins and frames
+    image: dict = field(default_factory=dict)        # mean, std, sizes; of spectra bins and frames; samples
     pool: str = ""
     longest: int = 10**9       # positions that the model has
     unused: tuple = ()         # keys of the file that the model has no place for
@@ -181,6 +182,9 @@ def paired(vision, language, way):
             raise DoesNotFit(f"{part.ref} is a model of kind {part.kind}: with {way!r} it {cannot}. Bridge from "
                              f"{'an audio encoder like whisper-tiny' if hears else 'a vision model like dinov2-s'} to a language "
                              f"model like {'minilm' if reads else 'smollm2-135m'}.")
+    if hears and vision.kind == "audio" and not vision.image:
+        raise DoesNotFit(f"{vision.ref} hears neither log-mel spectra as Whisper does nor samples as wav2vec 2.0 does: how "
+                         "to feed it is not known here. Bridge from an audio encoder like whisper-tiny.")
     licence = " + ".join(dict.fromkeys((vision.licence, language.licence)))
     return Origin(f"{vision.ref}+{language.ref}:{way!r}", way.makes, licence, language.folder, vision.image,
                   longest=language.longest, parts=(vision, language))
@@ -374,8 +378,10 @@ def _describe(config, ref, folder):
     if kind.startswith("vision"):
         size = size[0] if isinstance(size, (tuple, list)) else size or 224
         image = _image(folder) | dict(sizes=(size,))
-    elif kind == "audio" and get("num_mel_bins", None):
+    elif kind == "audio" and get("num_mel_bins", None) and get("max_source_positions", None):
         image = dict(bins=config.num_mel_bins, frames=2 * config.max_source_positions)
+    elif reads == "input_values" and not get("num_mel_bins", None):
+        image = dict(samples=SAMPLES)
     facts = config.to_dict()
     longest = min(_longest(facts), _longest(facts.get("text_config") or {}))
     return Origin(ref, kind, _licence(folder), folder, image, longest=longest)
