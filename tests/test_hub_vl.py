@@ -1,8 +1,9 @@
 """Vision-language models of the hub in their own forms: what a batch holds against their own processors and losses, learning,
-answers, and the whole path from the command line; CIDEr-D; predictions of every image task; what is done to bad rows."""
+answers, and the whole path from the command line; CIDEr-D; predictions of every image task; bad rows; frozen eyes."""
 
 import json
 import math
+from contextlib import nullcontext
 
 import hubs
 import numpy as np
@@ -483,3 +484,41 @@ def test_a_size_that_the_eyes_cannot_look_at_is_refused(tmp_path):
     pair = f"{hubs.folders.vit(tmp_path / 'vit')}+{hubs.folders.llama(tmp_path / 'llama')}:limber(tokens=2)"
     with pytest.raises(DoesNotFit, match="image_size=2: .* cannot look at images of that size"):
         tasks.open(pairs(tmp_path / "a"), model=pair, image_size=2).build()
+
+
+@pytest.mark.parametrize("name, chain", [(n, "lora(rank=2, at='text.attn.q')") for n in (
+    "llava", "llava_bare", "paligemma", "idefics3", "blip2", "blip2_t5", "blip")] + [
+    ("llava", "lora(rank=2, at='vision.attn.q')"), ("llava", "full(at='connector')")])
+def test_frozen_eyes_look_once_where_the_model_can_be_told(tmp_path, folders_of, name, chain):
+    """Losses, states and scores are the same to the bit: batches are of one size, so products round alike."""
+    chain = chain.replace("text.", "decoder.") if name == "blip2_t5" else chain
+    found, ran, told = [], [], "vision" not in chain and "connector" not in chain and name != "blip"
+    for kept in (True, False):
+        task = tasks.open(pairs(tmp_path / "a"), model=folders_of(name), limit=dict(train=16, test=4))
+        if not kept:
+            task.seeing = lambda model: nullcontext()
+        tuned = ready(task, chain, seed=0, batch_size=8)
+        for m in [m for m in tuned.base.modules() if isinstance(m, torch.nn.Dropout)]:
+            m.p = 0.0                                    # BLIP-2's Q-Former has some: looking once does without
+        tower, calls = next(m for n, m in tuned.base.named_modules() if n.endswith(("vision_tower", "vision_model"))), []
+        tower.register_forward_pre_hook(lambda m, args, calls=calls: calls.append(torch.is_grad_enabled()))
+        losses = train(tuned, task, epochs=3, batch_size=8, seed=0, progress=False, log=False)["loss"]
+        ran.append(list(calls))
+        found.append((losses, task.evaluate(tuned, "test", 4), [p.detach().clone() for _, p in tuned.trainable()]))
+    assert found[0][:2] == found[1][:2] and all(map(torch.equal, found[0][2], found[1][2]))
+    assert len(ran[1]) == 6 and len(ran[0]) == (1 + 2 if told else 6 + (name != "blip"))    # one look to see what looks
+    assert not any(ran[0]) if told else any(ran[0][1:])
+
+
+def test_eyes_that_drop_out_are_still_as_they_rest(tmp_path):
+    """BLIP-2's Q-Former has dropout: frozen, it drops nothing, and the features are those of evaluation."""
+    task = tasks.open(pairs(tmp_path / "a"), model=hubs.blip2(tmp_path / "m"), limit=dict(train=16, test=4))
+    tuned = ready(task, "lora(rank=2, at='text.attn.q')", seed=0, batch_size=8).train()
+    with task.seeing(tuned):
+        batch = next(task.batches("train", 8, shuffle=False))
+        want = next(iter(task.batches("train", 8, shuffle=False)))
+    assert torch.equal(batch["image_features"], want["image_features"]) and tuned.base.qformer.training
+    pixels = next(task.batches("train", 8, shuffle=False))["pixel_values"]
+    with torch.no_grad():
+        bare = tuned.eval().base.get_image_features(pixel_values=pixels).pooler_output
+    assert torch.equal(batch["image_features"][:, 0], bare)

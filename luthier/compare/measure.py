@@ -20,11 +20,11 @@ class Meter:
 
     def __init__(self, task, batch_size, seed=0):
         self.task, self.seed, self.size = task, seed, batch_size
+        self.bare = task.build(seed=seed)                  # before its rows: it says how long they may be
         first = list(islice(task.batches("train", batch_size, seed=seed), 8 if len(getattr(task, "kinds", ())) > 1 else 1))
         self.place = max(range(len(first)), key=lambda i: sum(v.numel() for v in first[i].values()))     # the largest kind of row
         self.batch = first[self.place]
         self.one = next(iter(task.batches("train", 1, seed=seed)))
-        self.bare = task.build(seed=seed)
         try:
             self.reference = self._step(self._ready(WHOLE))
         except LuthierError:                               # a model with places where not everything can train

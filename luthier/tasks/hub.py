@@ -6,10 +6,15 @@
     beside the words  no such token: images go in as pixels (BLIP, GIT)
     apart             an encoder reads the prompt, a decoder writes (BLIP-2 with T5; BLIP for questions: decoder_input_ids)
 
-What else its processor makes (sizes, masks, grids) travels with the pixels."""
+What else its processor makes (sizes, masks, grids) travels with the pixels. Frozen eyes look once at an image where transformers
+lets the model be given what they saw: mm_encoder_outputs, in most that put image tokens among the words. BLIP and GIT run their
+eyes within their forward and take nothing in their place, so these look each time; and so does any with several images a row, or
+whose images are of several sizes, since features then depend on how a batch is padded. Writing itself, BLIP-2 looks, too. Eyes
+that look once drop nothing."""
 
 import inspect
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +23,11 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..errors import BadState, DoesNotFit
+from ..still import once, reached, resting, still
 from .classify import IGNORE
 
 KEPT = 1 << 30                 # bytes of processed images
+GIVEN = "mm_encoder_outputs"   # where transformers lets a model be given what its encoders made before
 FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -48,6 +55,7 @@ class Hub:
         self.own = cls.generate is not GenerationMixin.generate         # which may know nothing of padding
         self.kept, self.bytes, self.marks = OrderedDict(), 0, False   # marks: whether token_type_ids tell images
         self._asked, self._processor, self._places = {}, False, None
+        self.eyes, self.looks, self.form, self.memory = None, None, None, (None, {})
 
     # -- what came with the model ---------------------------------------------------------------------------------------
     @property
@@ -142,15 +150,15 @@ class Hub:
             return self.processor(images=given, return_tensors="pt", **({} if text is None else {"text": text}))
 
     # -- batches --------------------------------------------------------------------------------------------------------
-    def see(self, rows, pixels):
+    def see(self, rows, pixels, asking=False):
         """What a batch holds of its images; rows: of each its (album, number)s and text; pixels(keys): without a processor."""
         rows = [r for r in rows if r[0]]
         if not rows:
             return {}
-        if not self.processor:
-            return {"pixel_values": pixels([k for keys, _ in rows for k in keys])}
-        made = [self._made(keys, text) for keys, text in rows]
-        return {k: _joined([m[k] for m in made]) for k in made[0]}
+        made = [self._made(keys, text) if self.processor else {"pixel_values": pixels(keys)} for keys, text in rows]
+        seen = None if asking and self.own else self._seen(rows, made)
+        found = {k: _joined([m[k] for m in made]) for k in made[0] if seen is None or k != "pixel_values"}
+        return found if seen is None else found | {"image_features": seen}
 
     def _made(self, keys, text):
         key = tuple(keys), text if "qformer_input_ids" in self.takes else None
@@ -182,6 +190,56 @@ class Hub:
         mask = F.pad((rows != IGNORE).long(), (1, 0), value=1)
         return {"decoder_input_ids": ids, "decoder_attention_mask": mask, "labels": labels}
 
+    # -- what frozen eyes see is computed once --------------------------------------------------------------------------
+    @contextmanager
+    def seeing(self, model, which):
+        """Within, batches are for the base model `model`: where it takes what its get_image_features gave, and nothing tunes what
+        that runs, they hold it in place of pixels. which: what else the memory depends on."""
+        from ..save import fingerprint
+
+        before = self.eyes
+        self.eyes = model if GIVEN in self.takes and hasattr(model, "get_image_features") else None
+        if self.eyes is not None:
+            which = fingerprint(model), *which
+            self.memory = self.memory if self.memory[0] == which else (which, {})
+            self.looks = None                            # the modules that look, known from the first batch
+        try:
+            yield
+        finally:
+            self.eyes = before
+
+    def _seen(self, rows, made):
+        """The image features (B, N, ...) of rows of one image each, made of tensors of one shape; None where it must look."""
+        if self.eyes is None or "qformer_input_ids" in made[0] or any(len(keys) > 1 for keys, _ in rows):
+            return None
+        if any(m[k].shape != made[0][k].shape for m in made for k in m):
+            return None
+        device, asks = next(self.eyes.parameters()).device, inspect.signature(self.eyes.get_image_features).parameters
+
+        def look(new):
+            given = {k: torch.cat([m[k] for m in new]).to(device) for k in new[0] if k in asks}
+            given["pixel_values"] = given["pixel_values"].to(next(self.eyes.parameters()).dtype)
+            out = self.eyes.get_image_features(**given, return_dict=True)
+            self.form = type(out), isinstance(out.pooler_output, list | tuple)
+            parts = torch.stack(list(out.pooler_output))     # an image may be several, as tiles or as tokens
+            return list(parts.unflatten(0, (len(new), -1)))
+        if self.looks is None:
+            self.looks = reached(self.eyes, lambda: look(made[:1]))
+        if not still(self.eyes, self.looks):
+            return None
+        with resting(self.looks):
+            found = once(self.memory[1], [keys[0] for keys, _ in rows], made, look)
+        return torch.stack(found)
+
+    def given(self, batch, writing=False):
+        """A batch as the model takes it: in a forward some want to be told that there are no pixels, writing none may be."""
+        if "image_features" not in batch:
+            return batch
+        make, listed = self.form
+        x = batch["image_features"].flatten(0, 1)
+        return {k: v for k, v in batch.items() if k != "image_features"} | {
+            GIVEN: {"image": make(pooler_output=list(x) if listed else x)}} | ({} if writing else {"pixel_values": None})
+
     # -- answers --------------------------------------------------------------------------------------------------------
     def generate(self, model, batch, most, pad, end):
         """The ids of what it writes, the prompt left out."""
@@ -190,7 +248,7 @@ class Hub:
             mask = F.pad(batch["attention_mask"], (0, 1), value=1)
             batch = batch | {"input_ids": F.pad(asked, (0, 1), value=end), "attention_mask": mask}
         more = {} if self.own else dict(pad_token_id=pad, eos_token_id=end)
-        out = model.generate(**batch, do_sample=False, max_new_tokens=most, **more)
+        out = model.generate(**self.given(batch, writing=True), do_sample=False, max_new_tokens=most, **more)
         n = asked.shape[1]
         return out[:, n:] if not self.apart and out.shape[1] >= n and torch.equal(out[:, :n].to(asked), asked) else out
 

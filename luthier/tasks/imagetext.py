@@ -9,7 +9,7 @@ counted, and the data is refused when that is more than one row in a hundred."""
 import base64
 import io
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from .. import zoo
 from ..attach import Tuned, base_of
 from ..errors import BadData, DoesNotFit, nearest
+from ..still import once
 from . import metrics
 from .base import to_device
 from .cider import cider
@@ -31,7 +32,6 @@ from .split import order
 SCORES = {"accuracy": metrics.exact, "bleu": metrics.bleu, "cider": cider, "acc_iou": metrics.acc_iou}
 ROW_KINDS = {"caption": "bleu", "vqa": "accuracy", "nlvr": "accuracy", "ground": "acc_iou", "clip": "accuracy",
              "direction": "accuracy", "order": "accuracy"}
-KEPT = 2 << 30                 # bytes of what frozen eyes saw
 
 
 class Rows(dict):
@@ -74,6 +74,7 @@ class ImageToText(Language):
         super().__init__(model, metric=metric, **more)
         self.asked, self.kinds, self.longest_answer, self.words = metric, (), 64, None
         self.eyes, self.memory, self.albums = None, (None, {}), {}
+        self.taken = 0                                   # places of the language model that an image takes, where these are few
         self.hub = Hub(model, self.origin) if self.origin and self.origin.kind not in (*self.reads, "other") else None
 
     def can_read(self):
@@ -194,13 +195,13 @@ class ImageToText(Language):
         return [start] + (self.ids(prompt.rstrip() + "\n") if prompt.strip() else [])
 
     def encode(self, table, album=None):
-        end, n, cut, rows = self.end(), self.max_length, 0, []
+        end, n, cut, rows = self.end(), 0, 0, []
         album, nothing = album or self.album, [None] * len(table)
         prompts, kinds = (self.column(table, r) if r in self.roles else nothing for r in ("prompt", "task"))
         answers = self.answers(table) if self.roles["response"] in table.columns else [[""]] * len(table)
         for shown, prompt, kind, right in zip(self.shown(table, album), prompts, kinds, answers, strict=True):
             prompt, answer, row = "" if prompt is None or prompt != prompt else str(prompt), self.ids(right[0]) + end, {}
-            ask = self.ids(prompt) if self.hub else self.ask(prompt)
+            ask, n = self.ids(prompt) if self.hub else self.ask(prompt), self.places(shown)
             cut += len(ask) + len(answer) > n
             answer = answer[:max(n // 2, n - len(ask))]
             if self.hub:                                 # image tokens stand among the words: the words are what is cut
@@ -211,8 +212,17 @@ class ImageToText(Language):
                 ask = ask[-(n - len(answer)):]
             rows.append(row | dict(ask=ask, answer=answer, answers=right, kind=kind, pictures=(album, shown)))
         if cut:
-            self.notes.append(f"{table.source}: {cut:,} of {len(rows):,} rows are longer than max_length={n} and were cut")
+            self.notes.append(f"{table.source}: {cut:,} of {len(rows):,} rows are longer than {n:,} tokens and were cut")
         return rows
+
+    def places(self, shown):
+        """How many tokens of text the model has places for beside these images."""
+        left = self.origin.longest - self.taken * len(shown)
+        if left < 16 <= self.origin.longest:
+            raise BadData(f"A row has {len(shown)} {self.what}s, which take {self.taken * len(shown)} of the "
+                          f"{self.origin.longest} places of the language model. Give fewer, or use a way with fewer tokens, such "
+                          "as limber(tokens=4).")
+        return min(self.max_length, left)
 
     def length(self, example):
         return len(example["ask"]) + len(example["answer"])
@@ -251,7 +261,7 @@ class ImageToText(Language):
         decoder's padded on the left."""
         rows = [e["ask"] if asking or self.apart else e["ask"] + e["answer"] for e in examples]
         batch = Rows(input_ids=_padded(rows, self.pad_id(), left := asking and not self.apart),
-                     attention_mask=_padded([[1] * len(r) for r in rows], 0, left), **self.images(examples))
+                     attention_mask=_padded([[1] * len(r) for r in rows], 0, left), **self.images(examples, asking))
         batch.kind = examples[0]["kind"]
         if not asking:
             labels = [e["answer"] if self.apart else [IGNORE] * len(e["ask"]) + e["answer"] for e in examples]
@@ -261,11 +271,11 @@ class ImageToText(Language):
             batch.update(self.hub.told(batch))
         return batch
 
-    def images(self, examples):
+    def images(self, examples, asking=False):
         """pixel_values (B, 3, S, S) or (B, N, 3, S, S) with image_mask; or what frozen eyes saw of them, image_states."""
         rows = [[(album, k) for k in shown] for album, shown in (e["pictures"] for e in examples)]
         if self.hub:
-            return self.hub.see(list(zip(rows, (e["text"] for e in examples), strict=True)), self.pixels)
+            return self.hub.see(list(zip(rows, (e["text"] for e in examples), strict=True)), self.pixels, asking)
         most, more = max(map(len, rows)), {}
         if any(len(row) < most for row in rows):
             more["image_mask"] = torch.tensor([[1] * len(row) + [0] * (most - len(row)) for row in rows])
@@ -292,20 +302,14 @@ class ImageToText(Language):
             which = fingerprint(base.vision), repr(base.way), self.side, str(next(base.parameters()).device)
             self.memory = self.memory if self.memory[0] == which else (which, {})
         try:
-            yield self
+            with self.hub.seeing(base, (self.side,)) if self.hub else nullcontext():
+                yield self
         finally:
             self.eyes = before
 
     def seen(self, keys):
-        memory, like = self.memory[1], next(self.eyes.parameters())
-        new, fresh = [key for key in dict.fromkeys(keys) if key not in memory], {}
-        if new:
-            with torch.no_grad():
-                states = self.eyes.see(self.pixels(new).to(like.device))[:, 0]
-            fresh = dict(zip(new, states, strict=True))
-            if states[0].nbytes * (len(memory) + len(new)) <= KEPT:
-                memory.update(fresh)
-        return torch.stack([memory[key] if key in memory else fresh[key] for key in keys])
+        device = next(self.eyes.parameters()).device
+        return torch.stack(once(self.memory[1], keys, keys, lambda new: self.eyes.see(self.pixels(new).to(device))[:, 0]))
 
     # -- the model ------------------------------------------------------------------------------------------------------
     def build(self, seed=0, dtype=None):
@@ -321,14 +325,22 @@ class ImageToText(Language):
             table = self.rows(np.zeros((self.side, self.side, 3), np.uint8))
             self.hub.fits(model, self.outputs_of, self.collate(self.encode(table, Album(self.side))))
             return model
-        if self.options.get("image_size"):
-            try:
+        model, taken = model.draw(seed), 0
+        try:
+            if model.numbered or self.options.get("image_size"):
                 with torch.no_grad():
-                    model.see(torch.zeros(1, 3, self.side, self.side))
-            except RuntimeError as error:
-                raise DoesNotFit(f"image_size={self.side}: {self.origin.ref} cannot look at images of that size "
-                                 f"({str(error)[:160]}). Leave it out, or take a larger one.") from error
-        return model.draw(seed)
+                    states = model.see(model.blank(side=self.side))
+                taken = model.taken(states) if model.numbered else 0
+        except RuntimeError as error:
+            raise DoesNotFit(f"image_size={self.side}: {self.origin.ref} cannot look at images of that size "
+                             f"({str(error)[:160]}). Leave it out, or take a larger one.") from error
+        if taken != self.taken:
+            self.taken, self._encoded = taken, {}
+        if taken > self.origin.longest - 16:
+            raise DoesNotFit(f"{self.origin.ref}: {self.one} takes {taken} of the {self.origin.longest} places of the language "
+                             "model, which leaves too few for text. Use a way with fewer tokens, such as limber(tokens=4), or a "
+                             "language model that reads longer texts.")
+        return model
 
     def loss(self, model, batch):
         """The text's own, and what the bridge's way adds."""
@@ -354,7 +366,8 @@ class ImageToText(Language):
 
     def outputs_of(self, model, batch):
         self.tell(model, batch)
-        return model(**to_device({k: v for k, v in batch.items() if k != "labels" or self.apart}, model))
+        given = to_device({k: v for k, v in batch.items() if k != "labels" or self.apart}, model)
+        return model(**(self.hub.given(given) if self.hub else given))
 
     def tell(self, model, batch):
         """Methods that make their state from a context learn which kind of task a batch is."""
@@ -373,18 +386,20 @@ class ImageToText(Language):
                     model.serve_rows(part)
                 self.tell(model, batch)
                 with torch.no_grad():
-                    out = self.written(model, to_device(batch, model))
+                    out = self.written(model, to_device(batch, model), max(len(examples[i]["pictures"][1]) for i in part))
                 for i, ids in zip(part, out, strict=True):
                     found[i] = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         finally:
             model.train(was)
         return found
 
-    def written(self, model, batch):
-        """The ids of what is written after the prompts."""
+    def written(self, model, batch, most=1):
+        """The ids of what is written after the prompts; most: images in a row."""
         if self.hub:
             return self.hub.generate(model, batch, self.longest_answer, self.pad_id(), *self.end())
-        out = model.generate(**batch, do_sample=False, max_new_tokens=self.longest_answer, pad_token_id=self.pad_id(),
+        most = self.longest_answer if self.apart or not self.taken else max(1, min(
+            self.longest_answer, self.origin.longest - self.taken * most - batch["input_ids"].shape[1]))
+        out = model.generate(**batch, do_sample=False, max_new_tokens=most, pad_token_id=self.pad_id(),
                              eos_token_id=self.tokenizer.eos_token_id)
         return out if self.apart else out[:, batch["input_ids"].shape[1]:]
 
@@ -451,7 +466,7 @@ class ImageToText(Language):
                     album.look(k, told)
             except Exception as error:
                 raise BadData(f"Input {i} ({str(self.column(table, 'image')[i])[:80]}) is not {self.one} that can be read: "
-                              f"{str(error)[:160].rstrip('.')}. Give {self.form}.") from error
+                              f"{str(error)[:160].rstrip('.') or type(error).__name__}. Give {self.form}.") from error
         self.notes += [f"{n:,} {self.what}s are {treated}" for treated, n in told.items()]
         return [{"text": text} for text in self.said(model, self.encode(table, album), batch_size)]
 
