@@ -304,6 +304,7 @@ def predict(a):
 
     luthier predict tuned "the film was good"
     luthier predict captioner image.png "how many red circles?"
+    luthier predict listener sound.wav "Is the sound <clip> low or high?"
     luthier predict tiny-clip pictures/ "a red circle"         ranks images for a text, and texts for an image
     luthier predict tiny-clip pictures/ --names "red circle, blue square"
     luthier predict --rack customers rows.csv

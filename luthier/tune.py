@@ -35,7 +35,10 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     say(f"{facts['source']}: {facts['kind']}, " + ", ".join(f"{n:,} {s}" for s, n in facts["sizes"].items())
         + f"; columns {', '.join(f'{k}={v}' for k, v in facts['columns'].items())}; scored by {task.metric}"
         + "".join(f"\n  {note}" for note in facts["notes"]))
-    tuned = ready(task, chain, seed, batch_size)
+    tuned, said = ready(task, chain, seed, batch_size), len(facts["notes"])
+    if tuned.chain:
+        task.examples("train")                             # whose texts are cut is known now
+        said = _tell(task, said, say)
     extra = {"task": task.spec(), "seed": seed}
     try:
         history = dict(steps=0)
@@ -51,10 +54,18 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
         raise stop
     with ranks.together(f"Training is over, and its last state is in {out / 'checkpoints'}: --resume evaluates and saves it."):
         scores = task.evaluate(tuned)
+        _tell(task, said, say)
         ranks.gather(tuned)
         ranks.told(lambda: tuned.save(out, extra=extra | {"steps": history["steps"], "scores": scores}))
         ranks.leave()
     return scores
+
+
+def _tell(task, said, say):
+    """Say what was noted after the first `said` notes; returns how many there are."""
+    for note in dict.fromkeys(task.notes[said:]):
+        say(f"  {note}")
+    return len(task.notes)
 
 
 def reopen(folder, names=None):
@@ -165,8 +176,9 @@ def inputs(task, sources):
         else:
             (asked if asks else shown).extend(_inputs(source))
     if not shown:
-        raise DoesNotFit(f"No image is among {', '.join(map(repr, sources))}. Name one before the text: luthier predict DIR "
-                         "image.png \"how many?\"")
+        what = "sound" if endings != IMAGES else "image"
+        raise DoesNotFit(f"No {what} is among {', '.join(map(repr, sources))}. Name one before the text: luthier predict DIR "
+                         f"{what}{endings[0]} \"how many?\"")
     if hasattr(task, "among"):
         return task.among(shown, asked)
     return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {})

@@ -46,6 +46,8 @@ def decode(item, side, base=".", told=None):
     elif isinstance(item, (str, Path)):
         item = Image.open(Path(base) / item)
     frames, item = getattr(item, "n_frames", 1), ImageOps.exif_transpose(item)
+    if item.mode == "P" and "transparency" in item.info:
+        item = item.convert("RGBA")
     if item.mode.startswith("I;16"):
         item = Image.fromarray((np.asarray(item) >> 8).astype(np.uint8))
     if told is not None:
@@ -193,13 +195,14 @@ class ImageClassification(Labelled):
                      "input", None, "number")
 
     def predict(self, model, inputs, batch_size=64):
-        table = self.rows(inputs)
+        table, told = self.rows(inputs), Counter()
         for i, item in enumerate(self.column(table, "image")):
             try:
-                decode(item, self.side)
+                decode(item, self.side, told=told)
             except Exception as error:
                 raise BadData(f"Input {i} ({str(item)[:80]}) is not an image that can be read: {str(error)[:160].rstrip('.')}. "
                               "Give a path to a PNG or JPEG, its bytes, or an array (H, W, 3).") from error
+        self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
         return super().predict(model, table.columns[self.roles["image"]], batch_size)
 
     def facts(self):

@@ -6,6 +6,7 @@ Trained with the model's own kind of loss: cross-entropy both ways over a batch 
 pair (SigLIP 2303.15343 §3.2) where the model has a logit bias; a bridge's way may bring its own. What an encoder that nothing
 tunes sees or reads is computed once."""
 
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -213,12 +214,12 @@ class Retrieval(ImageClassification):
 
     def rank(self, model, inputs, errors, batch_size=64, most=10):
         """As predict; an image that cannot be read is noted in the dict `errors` {number: error}, if any, and ranked nowhere."""
-        rows, images, texts = [self._row(i, x) for i, x in enumerate(inputs)], {}, {}
+        rows, images, texts, told = [self._row(i, x) for i, x in enumerate(inputs)], {}, {}, Counter()
         found = [{} for _ in rows]
         for i, (name, image, text) in enumerate(rows):
             try:
                 if image is not None and name not in images:
-                    images[name] = decode(image, self.side)
+                    images[name] = decode(image, self.side, told=told)
                 if text:
                     texts.setdefault(text, len(texts))
             except Exception as error:               # Pillow raises whatever its decoders do
@@ -227,9 +228,12 @@ class Retrieval(ImageClassification):
                 if errors is None:
                     raise bad from error
                 errors[i], found[i] = bad, {"error": str(bad)}
+        self.notes += [f"{n:,} images are {what}" for what, n in told.items()]
         if not images or not texts:
             raise next(iter((errors or {}).values()), BadData(
                 f"There are {len(images)} images and {len(texts)} texts: nothing to rank. Give at least one of each."))
+        long = sum(len(t) > self.max_length for t in self.tokenizer(list(texts))["input_ids"])
+        self.notes += [f"{long:,} texts exceed {self.max_length} tokens and are cut there"] * bool(long)
         near = self.near(model, list(images.values()), list(texts), batch_size)
         for i, (name, image, text) in enumerate(rows):
             if text in texts:
