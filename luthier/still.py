@@ -5,9 +5,15 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from . import ranks
 from .host import Host
 
 KEPT = 2 << 30                 # bytes of what a part that nothing tunes made of rows
+
+
+def at_hand(model):
+    """Whether a model can work in parts: where its tensors are spread over processes, its whole forward alone gathers them."""
+    return not any(map(ranks.sharded, model.parameters()))
 
 
 def reached(model, work):

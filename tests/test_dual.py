@@ -615,3 +615,13 @@ def test_what_was_seen_depends_on_what_looks(folder):
     attach(tuned, "lora(at='vision.attn.q', rank=2)")    # beside it: the eyes are not still
     with task.seeing(tuned):
         assert "pixel_values" in next(task.batches("train", 4))
+
+
+def test_a_model_spread_over_processes_looks_each_time(folder, monkeypatch):
+    """Its whole forward alone gathers its tensors."""
+    task = opened(folder)
+    tuned = attach(task.build(), "coop(n=2)")
+    monkeypatch.setattr("luthier.ranks.sharded", lambda p: True)
+    calls = counted(tuned.base)
+    with task.seeing(tuned):
+        assert "pixel_values" in next(task.batches("train", 4)) and tuned.base.kept is None and not calls

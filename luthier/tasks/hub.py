@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..errors import BadState, DoesNotFit
-from ..still import once, reached, resting, still
+from ..still import at_hand, once, reached, resting, still
 from .classify import IGNORE
 
 KEPT = 1 << 30                 # bytes of processed images
@@ -198,7 +198,8 @@ class Hub:
         from ..save import fingerprint
 
         before = self.eyes
-        self.eyes = model if GIVEN in self.takes and hasattr(model, "get_image_features") else None
+        able = GIVEN in self.takes and hasattr(model, "get_image_features")
+        self.eyes = model if able and at_hand(model) else None
         if self.eyes is not None:
             which = fingerprint(model), *which
             self.memory = self.memory if self.memory[0] == which else (which, {})

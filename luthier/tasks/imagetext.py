@@ -18,7 +18,7 @@ import torch
 from .. import zoo
 from ..attach import Tuned, base_of
 from ..errors import BadData, DoesNotFit, nearest
-from ..still import once
+from ..still import at_hand, once
 from . import metrics
 from .base import to_device
 from .cider import cider
@@ -297,7 +297,7 @@ class ImageToText(Language):
         from ..save import fingerprint
 
         base, before = base_of(model), self.eyes
-        self.eyes = base if hasattr(base, "still") and base.still() else None
+        self.eyes = base if hasattr(base, "still") and at_hand(base) and base.still() else None
         if self.eyes is not None:
             which = fingerprint(base.vision), repr(base.way), self.side, str(next(base.parameters()).device)
             self.memory = self.memory if self.memory[0] == which else (which, {})

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..attach import base_of
 from ..errors import BadData
-from ..still import once, resting, still
+from ..still import at_hand, once, resting, still
 from . import metrics
 from .classify import label
 from .dual import Named, encode, loaded
@@ -116,7 +116,7 @@ class ClassNames(ImageClassification):
         from ..save import fingerprint
 
         base, before = base_of(model), self.eyes
-        named = isinstance(base, Named)
+        named = isinstance(base, Named) and at_hand(base)
         self.eyes = base if named and still(base, base.sides[0]) else None
         if self.eyes is not None:
             which = fingerprint(base.dual), self.side, str(next(base.parameters()).device)
@@ -140,7 +140,7 @@ class ClassNames(ImageClassification):
 
     def outcomes(self, model, examples, batch_size):
         base = base_of(model)
-        with base.keeping(settled=True) if isinstance(base, Named) else nullcontext():
+        with base.keeping(settled=True) if isinstance(base, Named) and at_hand(base) else nullcontext():
             yield from super().outcomes(model, examples, batch_size)
 
     def evaluate(self, model, split="test", batch_size=64):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..attach import base_of
 from ..errors import BadData, DoesNotFit
-from ..still import once
+from ..still import at_hand, once
 from . import metrics
 from .dual import loaded
 from .image import UNREADABLE, ImageClassification, decode
@@ -119,7 +119,7 @@ class Retrieval(ImageClassification):
         from ..save import fingerprint
 
         base, before = base_of(model), self.encoders
-        if hasattr(base, "hear"):
+        if hasattr(base, "hear") and at_hand(base):
             where = repr(base.way), self.side, str(next(base.parameters()).device)
             self.encoders = tuple((base, self.memory.setdefault((fingerprint(part), *where), {})) if base.still(part) else None
                                   for part in (base.vision, base.language))
