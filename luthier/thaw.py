@@ -3,8 +3,8 @@
 Turning gradients on again inside the tower would not do: what the model computes with the tower's output, still under its
 `no_grad`, would cut the graph. So it is that `no_grad` which does nothing, for the length of a training forward. Byte code tells
 which one it is, and a mode meets it as it is entered: nothing of the model is written, and every other `no_grad`, of methods, of
-losses or of torch itself, is what it was. Where nothing in the tower trains, autograd keeps nothing there either way. Nothing like
-it can be done to `inference_mode`: what trains there is refused in the first training forward."""
+losses or of torch itself, is what it was. Where nothing in the tower trains, autograd keeps nothing there either way. What trains
+under `inference_mode`, which no one can undo, is refused in the first training forward."""
 
 import functools
 import inspect

@@ -26,9 +26,9 @@ class Soft(nn.Module):
 
 
 class Late(nn.Module):
-    def __init__(self, d, n, table):
+    def __init__(self, d, D, n, table):
         super().__init__()
-        self.map, self.soft = nn.Linear(d, table.shape[1]), Soft(n, table) if n else None
+        self.map, self.soft, self.width = nn.Linear(d, D), Soft(n, table) if n else None, table.shape[1]
 
 
 @way
@@ -46,10 +46,10 @@ class epalm(Way):
         if fit.pen.name or not fit.pen.causal:
             raise DoesNotFit(f"epalm shows images to late layers of a decoder, and {type(fit.language).__name__} is none: bridge "
                              "to one such as smollm2-135m, or use limber().")
-        return Late(fit.states[-1], self.soft, fit.language.get_input_embeddings().weight.detach())
+        return Late(fit.states[-1], fit.pen.dim, self.soft, fit.language.get_input_embeddings().weight.detach())
 
     def prompt(self, c, states):                            # a place for the class tokens, then the soft prompt
-        place = states.new_zeros(len(states), 1, c.map.out_features)
+        place = states.new_zeros(len(states), 1, c.width)
         return torch.cat([place, c.soft().expand(len(states), -1, -1)], 1) if c.soft is not None else place
 
     def layers_of(self, n, K):
