@@ -40,7 +40,7 @@ KINDS = ("caption",) * 3 + ("all",) * 4 + ("layout",) * 2 + ("counts",) * 2 + ("
     "match",) * 4 + ("fill",) * 2 + ("boxes",) * 8
 NUMBERS, PANELS = ("no", "one", "two", "three", "four"), ("first", "second", "third")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-SETTINGS = dict(steps=2500, batch=64, lr=1e-3, eyes=5e-4, warmup=150, weight_decay=0.01, seed=0, images=200)
+SETTINGS = dict(steps=3000, batch=64, lr=1e-3, eyes=5e-4, warmup=150, weight_decay=0.01, seed=0, images=200)
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------

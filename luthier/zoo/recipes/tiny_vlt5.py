@@ -16,4 +16,4 @@ def language():
 
 
 def train(out, say=print, **changed):
-    return _writers.train("tiny-vlt5", language, True, out, say, **dict(lr=2e-3) | changed)
+    return _writers.train("tiny-vlt5", language, True, out, say, **changed)
