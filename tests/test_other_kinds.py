@@ -13,10 +13,12 @@ from PIL import Image
 
 import luthier
 from luthier import bridge, sounds, tasks, zoo
+from luthier._compat import torchvision
 from luthier.errors import BadData, DoesNotFit
 from luthier.tasks.audio import Clips
 from luthier.tasks.image import decode
 
+torchvision()
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 WORDS = dict(bos_token_id=2, eos_token_id=3, pad_token_id=0, vocab_size=len(folders.WORDS))
 CONVS = dict(conv_dim=[8] * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
@@ -142,7 +144,7 @@ def test_ears_and_eyes_that_do_not_fit_are_refused(made):
 
 
 def test_what_enters_blocks_of_a_map_is_read_by_its_places(made):
-    m = bridge(made("convnext"), made("qwen2"), "monointern()")
+    m = bridge(made("convnext"), made("qwen2"), "monointern(join=1)")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     seen = []
     handle = m.eyes.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))

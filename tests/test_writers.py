@@ -45,7 +45,7 @@ def test_it_does_what_its_recipe_says(name):
     folder = zoo._located(zoo.TABLE[name])
     said, found = json.loads((folder / "recipe.json").read_text())["scores"], writers.scores(zoo.load(name), 50)
     assert all(abs(found[k] - said[k]) < 0.2 for k in found), (found, said)
-    assert found["caption BLEU"] > 0.6 and found["caption BLEU"] > found["novel caption BLEU"] and found["counts"] > 0.4
+    assert found["boxes"] > 0.1 and found["caption BLEU"] > 0.5 and found["caption BLEU"] > found["novel caption BLEU"] and found["counts"] > 0.4
     assert found["region"] > 0.45 > said["novel region"]
     assert said["untuned vqa"] < 0.3 and said["untuned ground"] < 0.3        # what tuning is for
 
