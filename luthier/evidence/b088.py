@@ -7,7 +7,7 @@ whole vision encoder (LiMBeR) on the same two models.
 import torch
 
 from luthier import zoo
-from luthier.compare.measure import turns
+from luthier.compare.measure import against
 from luthier.evidence import _pairs, beats, fact, judge
 
 SYSTEM, METHODS, SEEDS, MINUTES = "B088", ("full",), (0, 1, 2), 10
@@ -32,7 +32,7 @@ def run(seeds):
     ids, x = torch.randint(3, 500, (1, 8)), torch.zeros(1, 3, 224, 224)
     inside, beside = (zoo.load(f"dinov2-s+smollm2-135m:{way}()") for way in ("monointern", "limber"))
     with torch.no_grad():
-        seconds, ratio = turns(lambda: inside(ids, pixel_values=x), lambda: beside(ids, pixel_values=x), 7)
+        seconds, ratio = against(lambda: inside(ids, pixel_values=x), lambda: beside(ids, pixel_values=x), 7)
     return {"per_seed": per_seed, "facts": facts | {"text_identical": text, "prefill_seconds": seconds, "prefill_ratio": ratio}}
 
 
