@@ -21,6 +21,7 @@ demo: $(VENV)/.demo
 	$(BIN)/luthier demo --out demo-out
 
 test: $(VENV)/.test
+	$(BIN)/ruff check --quiet luthier tests benchmarks examples
 	$(if $(DATA),LUTHIER_DATA="$(DATA)") OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests $(PYTEST)
 
 bench: $(VENV)/.test

@@ -49,7 +49,7 @@ def attend(m, q, kv, mask=None):
 
 
 def places(mask, w):
-    rows = [[max(sum(row[:i + 1]) - 1, 0) for i in range(len(row))] for row in mask.tolist()]         # counted from the first word
+    rows = [[max(sum(row[:i + 1]) - 1, 0) for i in range(len(row))] for row in mask.tolist()]        # counted from the first word
     return torch.tensor([[[f(p / 10_000 ** (2 * k / w)) for f in (math.sin, math.cos) for k in range(w // 2)] for p in row]
                          for row in rows])
 

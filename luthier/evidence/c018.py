@@ -17,8 +17,8 @@ BASELINE = "a fresh connector on B, at its own best learning rate, the same chai
 MODEL = "dinov2-s + stories260k (A) and stories260k tuned on German (B)"
 DATA = "captions of scenes: 300 train, 80 validation, 150 test rows; Multi30k's German for B"
 FIRST, STEPS, EVERY, GERMAN = 400, 200, 20, 300
-CHAIN = 'full(at="connector") >> lora(rank=8, alpha=16, dropout=0.05, at="%s")' % " ".join(
-    f"text.{place}" for place in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"))
+PLACES = " ".join(f"text.{p}" for p in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"))
+CHAIN = f'full(at="connector") >> lora(rank=8, alpha=16, dropout=0.05, at="{PLACES}")'
 
 
 def german():
