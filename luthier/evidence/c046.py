@@ -16,9 +16,9 @@ from luthier.evidence import _bench, beats, fact, judge
 from luthier.save import fingerprint
 from luthier.tasks.lm import IGNORE
 
-SYSTEM, METHODS, SEEDS, MINUTES = "C046", ("full",), (0, 1, 2), 8
-CLAIM = "The aligner alone tells and compares clips above chance; the instruction changes a clip's prompts; text is untouched"
-BASELINE = "the same training on one clip for every row, at its own best learning rate"
+SYSTEM, METHODS, SEEDS, MINUTES = "C046", ("full",), (0, 1, 2), 15
+CLAIM = "The aligner alone tells and compares clips above chance; heeding the instruction helps; text is untouched"
+BASELINE = "the same training on one clip for every row, or without the instruction, each at its own best learning rate"
 MODEL = "whisper-tiny + the language part of tiny-vlt5"
 DATA = "sounds:ask and sounds:compare: 300 train, 60 validation, 160 test rows"
 STEPS, BATCH, RATES, CONNECTOR = 400, 16, (3e-3, 1e-2), 'full(at="connector")'
@@ -124,6 +124,7 @@ def run(seeds, steps=STEPS, sizes=(300, 60, 160)):
 
 def _run(words, seeds, steps, sizes):
     given = {"ask": task(words, "sounds:ask", sizes=sizes), "ask_blind": task(words, "sounds:ask", blind=True, sizes=sizes),
+             "ask_unheeding": task(words, "sounds:ask", f"apt({SIZE}, heed=False)", sizes=sizes),
              "compare": task(words, "sounds:compare", sizes=sizes),
              "compare_blind": task(words, "sounds:compare", blind=True, sizes=sizes)}
     hear(given)
@@ -149,6 +150,7 @@ def verdict(figures):
     return judge(
         [beats(figures, "ask", "ask_blind", "a clip's kind, pitch and length against hearing one clip for all"),
          beats(figures, "compare", "compare_blind", "which of two clips, against hearing one clip for all")],
-        [fact(f["heeded"] > 0.01, f"another question moves a clip's prompts by {f['heeded']:.0%} of their size, needed above 1%"),
+        [beats(figures, "ask", "ask_unheeding", "queries that see the instruction against those that do not"),
+         fact(f["heeded"] > 0.01, f"another question moves a clip's prompts by {f['heeded']:.0%} of their size, needed above 1%"),
          fact(f["untouched"], "text alone gives the language model's own logits to the bit"),
          fact(all(f["frozen"].values()), "audio encoder and language model keep their bits")])
