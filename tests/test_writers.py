@@ -112,27 +112,6 @@ def test_matches_are_as_often_right_as_wrong_and_nothing_of_the_tasks_is_asked()
     assert 0.35 < answers.count("fits") / len(answers) < 0.65 and set(answers) == {"fits", "differs"}
 
 
-def test_texts_of_clips_are_true_and_say_no_direction():
-    clip, found = scenes.clip(3, 0, 32, 6), []
-    names, at = [s.name for s in clip.shapes], [[writers.box(s, k) for k in (0, 1)] for s in clip.scenes()]
-    for i in range(60):
-        kind = ("change", "still", "track")[i % 3]
-        ask, said = writers.moved(kind, clip, Draw("m", i))
-        a, b = (int(word) - 1 for word in ask.split()[-2:])
-        assert 0 <= a < b < 6 and ask.startswith(f"{kind}: ")
-        if kind == "track":
-            assert said == f"{at[a][k := names.index(ask[7:-4])]}, {at[b][k]}"
-            continue
-        there = [k for k in (0, 1) if (at[a][k] == at[b][k]) == (kind == "still")]
-        assert [n in said for n in names] == [k in there for k in (0, 1)] and (said == "no") == (not there)
-        found.append((kind, len(there)))
-    assert {("change", 1), ("change", 2), ("still", 1), ("still", 0)} <= set(found)
-    for step in range(20):
-        what, rows = writers.rows(step, 8, 1, ["There is 1 black block"], False, clips=True)
-        for pictures, ask, said in rows if what == "clip" else ():
-            assert len(pictures) == 6 and not set(f"{ask} {said}".split()) & {*scenes.DIRECTIONS, "moves", "first", "yes"}
-
-
 # -- one folder -----------------------------------------------------------------------------------------------------
 
 

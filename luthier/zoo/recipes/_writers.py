@@ -11,13 +11,8 @@ prompt, on scenes of one to four shapes with split="seen", where novel pairs of 
     fill:     the words that are left out of a text
 
 "all:" is also asked of two or three pictures, "fill:" also without one: of texts about scenes and of the crowd-written sentences
-in the training part of NLVR (Suhr et al., 2017; CC BY 4.0; no picture or answer of it is shown). With clips=True, of clips too:
-
-    change:   what is not where it was from one frame to another, and both its boxes        still:    what is where it was
-    track:    the boxes of one shape in two frames
-
-What the tasks on scenes ask (questions, true or false, where the shape of a full name is, a description from left to right) and
-what those on clips ask (directions, what moves first) is never asked here.
+in the training part of NLVR (Suhr et al., 2017; CC BY 4.0; no picture or answer of it is shown). What the tasks on scenes ask
+(questions, true or false, where the shape of a full name is, a description from left to right) is never asked here.
 """
 
 import json
@@ -34,7 +29,7 @@ from ..._compat import torchvision
 from ...bridges import bridge
 from ...tasks import metrics
 from ...tasks.imagetext import Album, ImageToText
-from ...tasks.pictures import FRAMES, crowd
+from ...tasks.pictures import crowd
 from ...tasks.read import Table
 from .tiny_clip import caption, true
 
@@ -45,9 +40,7 @@ KINDS = ("caption",) * 3 + ("all",) * 4 + ("layout",) * 2 + ("counts",) * 2 + ("
     "match",) * 4 + ("fill",) * 2 + ("boxes",) * 8
 NUMBERS, PANELS = ("no", "one", "two", "three", "four"), ("first", "second", "third")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-SETTINGS = dict(steps=3000, batch=64, lr=1e-3, eyes=5e-4, warmup=150, weight_decay=0.01, seed=0, images=200, clips=False)
-STILLS = ("panels", "text", "one", "one", "one", "text", "one", "one", "one", "one")                # what a step shows, in turns
-MOVING = ("panels", "text", "one", "clip", "one", "clip", "one", "text", "one", "clip")
+SETTINGS = dict(steps=3000, batch=64, lr=1e-3, eyes=5e-4, warmup=150, weight_decay=0.01, seed=0, images=200)
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
@@ -155,21 +148,6 @@ def about(kind, s, draw):
     return f"{kind}:", text
 
 
-def moved(kind, clip, draw):
-    """(prompt, response) of a clip, whose frames are called 1, 2, 3: two of them, the earlier first."""
-    frames = clip.scenes()
-    a = draw.below(len(frames) - 1)
-    b = a + 1 + draw.below(len(frames) - 1 - a)
-    first, last = frames[a], frames[b]
-    names, was, now = [x.name for x in first.shapes], *([box(s, k) for k in (0, 1)] for s in (first, last))
-    if kind == "track":
-        k = draw.below(2)
-        return f"track: {names[k]} {a + 1} {b + 1}", f"{was[k]}, {now[k]}"
-    found = [k for k in (0, 1) if (was[k] != now[k]) == (kind == "change")]
-    said = [f"{names[k]} {was[k]}, {now[k]}" if kind == "change" else names[k] for k in found]
-    return f"{kind}: {a + 1} {b + 1}", listed(said) if said else "no"
-
-
 def sentences():
     """What crowds wrote about the training pictures of NLVR."""
     return [t.removesuffix(" True or false?") for t in crowd(0).splits["train"].columns["prompt"]]
@@ -209,17 +187,16 @@ def tokenizer(folder, apart, crowds):
 # -- rows -----------------------------------------------------------------------------------------------------------
 
 
-def rows(step, size, seed, crowds, apart, clips=False):
+def rows(step, size, seed, crowds, apart):
     """(what they are, their rows) of one step: most often single pictures, then several, then none."""
     draw = scenes.Draw("writers", seed, step)
-    what = (MOVING if clips else STILLS)[step % 10]
-    share = {"panels": 3 / 8, "clip": 1 / 4}.get(what, 1)                    # of a batch: these have several pictures a row
+    what = ("panels", "text", "one", "one", "one", "text", "one", "one", "one", "one")[step % 10]
 
     def drawn(i, most=4):
         return scenes.scene(i, seed, draw.one((SIDE // 2, SIDE)), 1, most, "seen")
 
     found = []
-    for i in range(step * size * 3, step * size * 3 + int(size * share)):
+    for i in range(step * size * 3, step * size * 3 + (size * 3 // 8 if what == "panels" else size)):
         if what == "one":
             s = drawn(i)
             ask, said = about(draw.one(KINDS), s, draw)
@@ -228,10 +205,6 @@ def rows(step, size, seed, crowds, apart, clips=False):
             shown = [drawn(3 * i + k, 2) for k in range(2 + draw.below(2))]
             ask, pictures = "all:", [s.image() for s in shown]
             said = "; ".join(f"{n}: {everything(s)}" for n, s in zip(PANELS, shown, strict=False))
-        elif what == "clip":
-            shown = scenes.clip(i, seed, draw.one((SIDE // 2, SIDE)), FRAMES, "seen")
-            ask, said = moved(draw.one(("change", "change", "still", "track")), shown, draw)
-            pictures = list(shown.video())
         else:
             text, pictures = statement(i, seed, draw, crowds), []
             ask, said = holes(text, draw) if apart or draw.below(2) else ("", text)
@@ -249,8 +222,8 @@ def coded(task, found):
     return task.encode(Table(columns, "scenes", None, "row"), Album(SIDE))
 
 
-def batch(task, step, size, seed, crowds, clips=False):
-    what, found = rows(step, size, seed, crowds, task.apart, clips)
+def batch(task, step, size, seed, crowds):
+    what, found = rows(step, size, seed, crowds, task.apart)
     made = task.collate(coded(task, found))
     if what == "text":
         made.pop("pixel_values")
@@ -303,7 +276,7 @@ def train(name, language, apart, out, say=print, **changed):
         rise = min(1.0, (step + 1) / given["warmup"])
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * rise * (0.5 + 0.5 * math.cos(math.pi * step / given["steps"]))
-        value = task.loss(model, batch(task, step, given["batch"], given["seed"] + 1, crowds, given["clips"]))
+        value = task.loss(model, batch(task, step, given["batch"], given["seed"] + 1, crowds))
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_([*own, *theirs], 1.0)

@@ -17,4 +17,4 @@ def language():
 
 
 def train(out, say=print, **changed):
-    return _writers.train("tiny-vlm", language, False, out, say, **dict(steps=2500, clips=True) | changed)
+    return _writers.train("tiny-vlm", language, False, out, say, **dict(steps=2000) | changed)
