@@ -1,5 +1,6 @@
 """The comparison: statistics against scipy, entries that resume, the front and the answer against hand-made results."""
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from compare_fixture import WAYS, document
 from folders import bert, vit
+from PIL import Image
 
 from luthier._compat import torchvision
 from luthier.compare import compare, report, store, table, work
@@ -367,4 +369,6 @@ def test_plots_name_what_differs():
                                                    "none", "probe"]
     assert report.named(["mine()", "probe()"]) == {"mine()": "mine", "probe()": "probe"}
     free = document(WAYS | {"none": ([.5, .5, .5], 0, 10, 1e6, .1, 1.0, True)})
-    assert report.plot(free).startswith(b"\x89PNG")
+    many = document(WAYS | {f"lora(rank={k})": ([.5, .6, .5], 10 * k, 10, 1e6, .1, 1.0, True) for k in range(1, 12)})
+    few, more = (Image.open(io.BytesIO(report.plot(d))) for d in (free, many))
+    assert more.height == few.height and more.width > few.width             # a key stands beside the panels

@@ -17,6 +17,7 @@ from .table import COLUMNS, cells, figure, ordered, parts, score
 AXES = (("trained", "trained parameters", 1, True), ("memory", "peak training memory, MB", 1e-6, False),
         ("step", "step time / full", 1, False))
 INK, GREY, FRONT, PICK = "#1f2430", "#8a93a3", "#2f6f8f", "#c8553d"
+MANY = 9                                                   # methods: more are numbered in a plot, with a key beside it
 
 
 def write(document, out):
@@ -37,7 +38,8 @@ def write(document, out):
 
 
 def plot(document, found=None, said=None):
-    """PNG bytes: the score against each cost, one panel a cost; the Pareto front is a line, the pick is red."""
+    """PNG bytes: the score against each cost, one panel a cost; the Pareto front is a line, the pick is red. Names stand beside
+    the points; those of many methods in a key, in the table's order."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,17 +48,23 @@ def plot(document, found=None, said=None):
     axes = [a for a in AXES if any(r["mean"] is not None and r[a[0]] is not None for r in found)]
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 10, "axes.edgecolor": GREY, "text.color": INK,
                                 "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        figure = Figure(figsize=(4.3 * max(1, len(axes)), 4.7), dpi=150, layout="constrained")
+        names, many, n = named(r["chain"] for r in found), len(found) > MANY, max(1, len(axes))
+        figure = Figure(figsize=(4.3 * (n + 0.8 * many), 4.7), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, max(1, len(axes)), sharey=True, squeeze=False)[0]
+        panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
+        figure.get_layout_engine().set(rect=(0, 0, n / (n + 0.8 * many), 1))
         for panel, axis in zip(panels, axes, strict=False):
             _panel(panel, axis, [r for r in found if r["mean"] is not None and r[axis[0]] is not None], said)
         panels[0].set_ylabel(f"{document['task']['metric']} (mean, 95% interval)")
         for panel in panels:
             panel.label_outer()
+            panel.margins(x=0.12 if many else 0.28)
         figure.canvas.draw()
+        if many:
+            _key(figure, found, said, names, n / (n + 0.8))
+            names = {r["chain"]: str(k) for k, r in enumerate(found, 1)}
         for panel in panels:
-            _labels(figure, panel, said, named(r["chain"] for r in found))
+            _labels(figure, panel, said, names)
         setting = document["setting"]
         figure.suptitle(f"{short(setting['model'])} on {short(setting['data'])}: what each way of tuning buys", x=0.01, ha="left",
                         fontsize=13,
@@ -93,7 +101,6 @@ def _panel(panel, axis, found, said):
             panel.errorbar(at[r["chain"]], r["mean"], r["half"], color=colour, alpha=0.35, linewidth=1.2, capsize=0, zorder=1)
         panel.scatter(at[r["chain"]], r["mean"], s=52, color=colour, edgecolor="white", linewidth=0.9, zorder=3)
     panel.set_ylim(low - 0.25 * room, high + 0.25 * room)
-    panel.margins(x=0.28)
     panel.points = [(r["chain"], at[r["chain"]], r["mean"], key in r["front"]) for r in found]
 
 
@@ -120,6 +127,17 @@ def named(chains):
 
 def _said_of(m):
     return {f.name: repr(v) for f in fields(m) if (v := getattr(m, f.name)) != f.default}
+
+
+def _key(figure, found, said, names, left):
+    """The numbers of a plot and whose they are, right of its panels."""
+    step = min(0.055, 0.9 / len(found))
+    for k, r in enumerate(found, 1):
+        text, pick = names[r["chain"]], r["chain"] == said["pick"]
+        text = text if len(text) <= 46 else text[:45] + "…"
+        figure.text(left + 0.025, 0.9 - step * k, f"{k}", ha="right", fontsize=8.2, color=PICK if pick else INK, fontweight="bold")
+        figure.text(left + 0.03, 0.9 - step * k, text, fontsize=8.2, color=PICK if pick else INK if r["front"] else "#5d6675",
+                    fontweight="bold" if pick else "normal")
 
 
 def _labels(figure, panel, said, names):
