@@ -369,6 +369,5 @@ def test_plots_name_what_differs():
                                                    "none", "probe"]
     assert report.named(["mine()", "probe()"]) == {"mine()": "mine", "probe()": "probe"}
     free = document(WAYS | {"none": ([.5, .5, .5], 0, 10, 1e6, .1, 1.0, True)})
-    many = document(WAYS | {f"lora(rank={k})": ([.5, .6, .5], 10 * k, 10, 1e6, .1, 1.0, True) for k in range(1, 12)})
-    few, more = (Image.open(io.BytesIO(report.plot(d))) for d in (free, many))
+    few, more = (Image.open(io.BytesIO(report.plot(d))) for d in (document(), free))
     assert more.height == few.height and more.width > few.width             # a key stands beside the panels

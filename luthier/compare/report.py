@@ -17,7 +17,7 @@ from .table import COLUMNS, cells, figure, ordered, parts, score
 AXES = (("trained", "trained parameters", 1, True), ("memory", "peak training memory, MB", 1e-6, False),
         ("step", "step time / full", 1, False))
 INK, GREY, FRONT, PICK = "#1f2430", "#8a93a3", "#2f6f8f", "#c8553d"
-MANY = 9                                                   # methods: more are numbered in a plot, with a key beside it
+MANY = 12                                                  # methods: more are numbered in a plot, with a key beside it
 
 
 def write(document, out):
@@ -133,11 +133,11 @@ def _key(figure, found, said, names, left):
     """The numbers of a plot and whose they are, right of its panels."""
     step = min(0.055, 0.9 / len(found))
     for k, r in enumerate(found, 1):
-        text, pick = names[r["chain"]], r["chain"] == said["pick"]
+        text, y, pick = names[r["chain"]], 0.9 - step * k, r["chain"] == said["pick"]
         text = text if len(text) <= 46 else text[:45] + "…"
-        figure.text(left + 0.025, 0.9 - step * k, f"{k}", ha="right", fontsize=8.2, color=PICK if pick else INK, fontweight="bold")
-        figure.text(left + 0.03, 0.9 - step * k, text, fontsize=8.2, color=PICK if pick else INK if r["front"] else "#5d6675",
-                    fontweight="bold" if pick else "normal")
+        colour = PICK if pick else INK if r["front"] else "#5d6675"
+        figure.text(left + 0.025, y, str(k), ha="right", fontsize=8.2, color=colour, fontweight="bold")
+        figure.text(left + 0.03, y, text, fontsize=8.2, color=colour, fontweight="bold" if pick else "normal")
 
 
 def _labels(figure, panel, said, names):
