@@ -26,7 +26,9 @@ def plain(x, y, A, B, scale=1.0, dropout=0.0, gain=None, b=None, training=False)
 def down(x, As, dropout=0.0):
     """x, and h of each A: (N, r). The x that comes back is for the layer itself: so the gradients of both meet in one product."""
     A = As[0] if len(As) == 1 else torch.cat(As)
-    if dropout or x.requires_grad and torch.is_grad_enabled():
+    if torch._C._are_functorch_transforms_active():         # these take no Function of this form
+        h = dropped(x, dropout) @ A.T
+    elif dropout or x.requires_grad and torch.is_grad_enabled():
         x, h = _Down.apply(x, A, dropout, _seed() if dropout else 0)
     else:
         h = x @ A.T
@@ -58,19 +60,15 @@ def _dropping(x, p, seed):
 
 class _Down(Function):
     """x, A -> x, drop(x) Aᵀ. The gradient of x is added to in place: none but the layer reads the x that is handed out."""
-    generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, A, p, seed):
+    def forward(ctx, x, A, p, seed):                        # one with a setup_context would cost four times as much a call
+        ctx.save_for_backward(x, A)
+        ctx.set_materialize_grads(False)
+        ctx.how = p, seed
         if not p:
             return x.view_as(x), x @ A.T
         return x.view_as(x), _dropping(x, p, seed)(x) @ (_grown(p) * A).T          # those that stay make up for the others
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, A, *ctx.how = inputs
-        ctx.save_for_backward(x, A)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, gx, gh):
