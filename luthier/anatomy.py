@@ -20,7 +20,7 @@ from .walk import LISTS, Leaf, arguments, calls, chain, common, under, up, walk,
 # ---- names authors use
 HEAD = re.compile(
     r"(^|\.)(heads?|lm_head|cls|scores?|fc|embed_out|logits|predictions|seq_relationship|last_linear|output_layer|qa_outputs"
-    r"|\w*_head|\w*classifier|\w*_predictions)(\.|$)|^(proj_out\w*|output_projection|conv_out)$")
+    r"|\w*_head|\w*classifier|\w*_predictions)(\.|$)|^(language\.)?(proj_out\w*|output_projection|conv_out)$")
 SPECIAL = re.compile(r"cls_token|class_token|class_emb\w*|dist(illation)?_token|reg(ister)?_tokens?")
 EMBED = {"relative": r"rel_|relative", "position": r"pos|wpe", "type": r"type|segment", "register": r"reg(ister)?_token",
          "dist": r"dist\w*_token", "cls": SPECIAL, "mask": r"mask"}
@@ -191,8 +191,9 @@ def outer_roles(leaves, stacks, modules, place, span):
             tower = tower if role else "connector" if label(MAJOR, x.path) == "connector" else ""
             roles[x.path, param] = role, tower, s
     final = [x for x, p in heads if x.matrix and p == "weight"]
-    if not final and leaves and leaves[-1].matrix and "proj" not in leaves[-1].name:
-        final = [x for x in leaves[-1:] if all(place[x.path] > span[s][0] for s in stacks) and not roles[x.path, "weight"][0]]
+    last = leaves[-1] if leaves else None
+    if not final and last and last.matrix and "proj" not in last.name and label(MAJOR, last.path) != "connector":
+        final = [x for x in [last] if all(place[x.path] > span[s][0] for s in stacks) and not roles[x.path, "weight"][0]]
     roles.update({(x.path, p): ("", "", None) for x, p in heads})
     if final:                                                       # the last layer of all is the one that answers
         roles[final[-1].path, "weight"] = "head", "", stacks[0] if len(stacks) == 1 else None

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import luthier
-from luthier import bridge, sounds, tasks, zoo
+from luthier import bridge, sounds, tasks, tiny, zoo
 from luthier._compat import torchvision
 from luthier.errors import BadData, DoesNotFit
 from luthier.tasks.audio import Clips
@@ -33,6 +33,9 @@ KINDS = dict(
     swin=("SwinModel", dict(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)),
     siglip=("SiglipVisionModel", SMALL | dict(image_size=16, patch_size=8)),
     beit=("BeitModel", SMALL | dict(image_size=16, patch_size=8)),
+    mae=("ViTMAEModel", SMALL | dict(image_size=16, patch_size=8)),
+    biogpt=("BioGptForCausalLM", WORDS | SMALL | dict(max_position_embeddings=64)),
+    mpt=("MptForCausalLM", WORDS | dict(d_model=16, n_layers=2, n_heads=2, max_seq_len=64)),
     opt=("OPTForCausalLM", WORDS | OPT | dict(max_position_embeddings=64)),
     short=("OPTForCausalLM", WORDS | OPT | dict(max_position_embeddings=18)),
     bloom=("BloomForCausalLM", WORDS | dict(hidden_size=16, n_layer=2, n_head=2)),
@@ -93,7 +96,7 @@ def clips(folder, n=24):
 
 @pytest.mark.parametrize("eyes, words, way", [
     ("convnext", "opt", "limber()"), ("swin", "bloom", "limber()"), ("siglip", "neox", "limber(tokens=2)"),
-    ("swin", "mt5", "limber()"), ("beit", "bart", "vlap()"), ("siglip", "opt", "epalm(states_of=2)"),
+    ("swin", "mt5", "limber()"), ("mae", "biogpt", "limber()"), ("beit", "bart", "vlap()"), ("siglip", "opt", "epalm(states_of=2)"),
     ("beit", "mistral", "monointern()"), ("convnext", "qwen2", "monointern()"), ("swin", "opt", "sail(dim=16)"),
     ("convnext", "bart", "projectors(dim=16)"), ("beit", "mt5", "sail(dim=16)")])
 def test_bridge_then_predict(tmp_path, made, capsys, eyes, words, way):
@@ -151,6 +154,37 @@ def test_what_enters_blocks_of_a_map_is_read_by_its_places(made):
     m.vision(x)
     handle.remove()
     assert m.see(x).shape == (2, 1, 64, 8) and torch.equal(m.see(x)[:, 0], seen[0].flatten(2).mT)
+
+
+def test_a_masked_autoencoder_is_shown_whole_images_in_order(made):
+    m = bridge(made("mae"), made("opt"), "limber()")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert m.vision.config.mask_ratio == 0.75 and m.see(x).shape == (2, 1, 4, 16) and torch.equal(m.see(x), m.see(x))
+    entering = m.vision.embeddings.patch_embeddings(x) + m.vision.embeddings.position_embeddings[:, 1:]
+    seen = bridge(made("mae"), made("qwen2"), "monointern(join=1)").see(x)[:, 0]
+    assert torch.allclose(seen, entering, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", ["mpt", "bloom"])
+def test_padding_before_a_text_does_not_stand_between_it_and_its_images(made, words):
+    """A decoder that is told no places counts all that lies between two tokens."""
+    m = bridge(made("beit"), made(words), "limber()")
+    g = torch.Generator().manual_seed(1)
+    x, ids = torch.randn(2, 2, 3, 16, 16, generator=g), torch.randint(4, 20, (2, 5), generator=g)
+    mask, pad = torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long)
+    with torch.no_grad():
+        alone = m(ids, mask, x[:, :1]).logits
+        front = m(torch.cat([pad, ids], 1), torch.cat([pad, mask], 1), x, image_mask=torch.tensor([[1, 0]] * 2)).logits[:, 3:]
+        behind = m(torch.cat([ids, pad], 1), torch.cat([mask, pad], 1), x, image_mask=torch.tensor([[1, 0]] * 2)).logits[:, :5]
+    assert torch.allclose(front, alone, atol=1e-6) and torch.allclose(behind, alone, atol=1e-6)
+
+
+def test_bridging_models_in_training_mode_writes_nothing_of_them():
+    from transformers import ResNetConfig, ResNetModel
+    eyes = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")).train()
+    before = {k: v.clone() for k, v in eyes.state_dict().items()}
+    bridge(eyes, tiny.build("llama"))
+    assert all(torch.equal(v, before[k]) for k, v in eyes.state_dict().items())
 
 
 def test_texts_leave_the_places_that_images_take(tmp_path, made):

@@ -66,7 +66,7 @@ class Pair(nn.Module):
         super().__init__()
         from ..site import Stack, sites
 
-        self.vision, self.language, self.way, self.trained, self.pool = vision, language, way, False, pool
+        self.vision, self.language, self.way, self.trained, self.pool = vision.eval(), language.eval(), way, False, pool
         self.eyes, self.pen = ((sites(m).stacks or (Stack("", m, ""),))[-1] for m in (vision, language))
         self.side = side or _side(vision)
         try:
@@ -161,7 +161,8 @@ class Pair(nn.Module):
         size, takes = getattr(self.vision.config, "image_size", None), inspect.signature(self.vision.forward).parameters
         resized = size not in (None, x.shape[-1]) and "interpolate_pos_encoding" in takes
         more = dict(interpolate_pos_encoding=True) if resized else {}
-        return self.vision(x, output_hidden_states=self.way.layers, return_dict=True, **more)
+        with _unmasked(self.vision.config, "noise" in takes, x) as kept:
+            return self.vision(x, output_hidden_states=self.way.layers, return_dict=True, **more, **kept)
 
     def _entering(self, x):
         """Seen of what enters the first block; nothing after it runs."""
@@ -244,8 +245,13 @@ class Bridged(Pair):
         h, there = torch.cat([run.front, text], 1), torch.cat([seen.flatten(1).to(there), there], 1)
         if at is not None:
             h, there, at = h.take_along_dim(at[:, :, None], 1), there.gather(1, at), at.argsort(1)[:, N * front.shape[2]:]
+        order = None
         if self.writes_apart and image_mask is not None:    # an encoder knows places by order alone: padding goes behind
             order = there.argsort(stable=True, dim=1, descending=True)
+        elif at is None and "position_ids" not in self.takes and not (self.writes_apart or hasattr(self.way, "within")):
+            last = there.shape[1] - there.flip(1).argmax(1, keepdim=True)          # so do these decoders: it goes in front
+            order = (there.bool() | (torch.arange(there.shape[1], device=there.device) >= last)).argsort(stable=True, dim=1)
+        if order is not None:
             h, there = h.take_along_dim(order[:, :, None], 1), there.gather(1, order)
         return h, there, run, at
 
@@ -370,6 +376,20 @@ class Bridged(Pair):
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=like.device)
         more = dict(decoder_input_ids=ids) if self.writes_apart else {}
         return dict(input_ids=ids, pixel_values=self.blank(rows).to(like.dtype)) | more
+
+
+@contextmanager
+def _unmasked(config, masks, x):
+    """Within, a masked autoencoder (ViT-MAE), which hides patches at random whenever it runs, is shown all of them in order."""
+    p, ratio = getattr(config, "patch_size", None), getattr(config, "mask_ratio", None)
+    if not (masks and ratio and isinstance(p, int)):
+        yield {}
+        return
+    config.mask_ratio = 0.0
+    try:
+        yield dict(noise=torch.arange((x.shape[-2] // p) * (x.shape[-1] // p), device=x.device).expand(len(x), -1))
+    finally:
+        config.mask_ratio = ratio
 
 
 def _tokens(x, d):
