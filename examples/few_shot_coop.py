@@ -13,7 +13,7 @@ from luthier.train import train
 
 def main(data="scenes:classify-outline", model="tiny-clip", shots=16, steps=150):
     # 1. Pictures and the names of their classes; at most 16 of each class are trained on
-    task = tasks.open(data, model=model, task="class-names", shots=shots)
+    task = tasks.open(data, model=model, task="class-names", shots=int(shots))
     print(f"{task.size()} pictures of {len(task.labels)} classes, such as {task.shown[0]!r}")
 
     # 2. What the model can do by itself: a picture belongs to the text it fits best, "a photo of a NAME."
@@ -23,7 +23,7 @@ def main(data="scenes:classify-outline", model="tiny-clip", shots=16, steps=150)
 
     # 3. CoOp: in place of "a photo of a", eight vectors that train; nothing of the model is written
     tuned = attach(clip, "coop(n=8)")
-    train(tuned, task, steps=steps, lr=2e-2, batch_size=16)
+    train(tuned, task, steps=int(steps), lr=2e-2, batch_size=16)
     after = task.evaluate(tuned)["accuracy"]
     count = sum(p.numel() for _, p in tuned.trainable())
     print(f"CoOp: {after:.1%}, with {count:,} trained numbers beside {sum(p.numel() for p in clip.parameters()):,}")

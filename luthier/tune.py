@@ -162,7 +162,8 @@ def inputs(task, sources):
     if "image" not in task.roles:
         return [x for source in sources for x in _inputs(source)]
     shown, asked, asks, endings = [], [], getattr(task, "asks", None), getattr(task, "endings", IMAGES)
-    for source in map(str, sources):
+    lines = [line for s in map(str, sources) for line in (_inputs(s) if s == "-" else [s])]
+    for source in lines:
         if os.path.isdir(source):
             found = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in endings)
             if not found:
@@ -173,6 +174,8 @@ def inputs(task, sources):
             shown.append(source)
         elif suffix(source) in SUFFIXES and suffix(source) != ".txt" and os.path.isfile(source):
             shown += _rows(task, source)
+        elif source.startswith("{") and "-" in sources and (row := _object(source)) is not None:
+            shown.append(row)
         else:
             (asked if asks else shown).extend(_inputs(source))
     if not shown:
@@ -181,8 +184,23 @@ def inputs(task, sources):
                          f"{what}{endings[0]} \"how many?\"")
     if hasattr(task, "among"):
         return task.among(shown, asked)
-    return [x if isinstance(x, dict) else {"image": x} | ({asks: q} if q else {})
-            for x in shown for q in asked or [""]] if asks else shown
+    if not asks:
+        return shown
+    key, rows = task.roles.get(asks), []
+    for x in shown:                                        # a row that asks something itself is asked that alone
+        row = x if isinstance(x, dict) else {"image": x}
+        own = row.get(key) or row.get(asks)
+        rows += [row] if own or not asked else [row | {asks: q} for q in asked if q] or [row]
+    return rows
+
+
+def _object(line):
+    """The row that a line of JSON holds, else None."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _rows(task, source):
@@ -201,15 +219,20 @@ def _rows(task, source):
 def _inputs(source):
     import sys
 
+    from .tasks.read import whole
+
     if source == "-":
-        return [line for line in sys.stdin.read().splitlines() if line.strip()]
+        try:
+            return [whole(line) for line in sys.stdin.read().splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise BadData("What came through stdin is not UTF-8 text. Save or convert it as UTF-8.") from error
     path = Path(source)
     try:
         file = path.is_file()
     except OSError:                                        # a text too long to be a name
         file = False
     if not file:
-        return [str(source)]
+        return [whole(str(source))]
     if path.suffix == ".txt":
         return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     from .tasks.read import SUFFIXES, suffix, table

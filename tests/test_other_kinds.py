@@ -1,9 +1,12 @@
 """Bridges between kinds of models that nothing else names: eyes that give maps or windows, ears that hear samples, decoders with
 learned positions or none, encoder-decoders; from the command line, and what does not fit."""
 
+import importlib.util
+import io
 import json
 import wave
 from collections import Counter
+from pathlib import Path
 
 import folders
 import numpy as np
@@ -96,7 +99,8 @@ def clips(folder, n=24):
 
 @pytest.mark.parametrize("eyes, words, way", [
     ("convnext", "opt", "limber()"), ("swin", "bloom", "limber()"), ("siglip", "neox", "limber(tokens=2)"),
-    ("swin", "mt5", "limber()"), ("mae", "biogpt", "limber()"), ("beit", "bart", "vlap()"), ("siglip", "opt", "epalm(states_of=2)"),
+    ("swin", "mt5", "limber()"), ("mae", "biogpt", "limber()"), ("beit", "bart", "vlap()"),
+    ("siglip", "opt", "epalm(states_of=2)"),
     ("beit", "mistral", "monointern()"), ("convnext", "qwen2", "monointern()"), ("swin", "opt", "sail(dim=16)"),
     ("convnext", "bart", "projectors(dim=16)"), ("beit", "mt5", "sail(dim=16)")])
 def test_bridge_then_predict(tmp_path, made, capsys, eyes, words, way):
@@ -223,6 +227,87 @@ def test_a_palette_with_transparency_is_told_and_keeps_its_colours():
     image.info["transparency"] = bytes(range(3))
     assert np.array_equal(decode(image, 16, told=told).permute(1, 2, 0).numpy(), want)
     assert told == {"transparent: what lies below shows": 1}
+
+
+def changed(path, i, n=200, **columns):
+    """The rows of pairs(), n of them, row i with other columns."""
+    rows = [json.loads(line) for line in pairs(path, n=n).read_text().splitlines()]
+    rows[i] |= columns
+    (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path / "rows.jsonl"
+
+
+def test_half_characters_are_replaced_and_told(tmp_path, made, capsys):
+    code, _, err = folders.run(capsys, "bridge", made("beit"), made("opt"), "--data",
+                               changed(tmp_path, 3, response="good \ud83d", meta={"a": ["\ude00"]}), "--out", tmp_path / "out",
+                               "--epochs", 1, "--batch-size", 50, "--log", "none")
+    assert code == 0 and "rows.jsonl: 1 rows hold half of a character" in err, err
+    code, said, err = folders.run(capsys, "predict", tmp_path / "out", tmp_path / "1.png", "what \udcff is it", "--json")
+    assert code == 0 and json.loads(said)[0].keys() == {"text"}, err
+
+
+def test_what_a_bridge_is_tuned_for_needs_no_guess(tmp_path, made):
+    pair = f"{made('beit')}+{made('opt')}:limber()"
+    for names in (("image", "text"), ("file_name", "description"), ("image", "sentence")):
+        rows = [dict(zip(names, (f"{i % 4}.png", f"good film {i}"), strict=True)) for i in range(20)]
+        pairs(tmp_path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+        task = tasks.open(tmp_path / "rows.jsonl", model=pair)
+        assert (task.kind, task.roles) == ("image-to-text", dict(zip(("image", "response"), names, strict=True)))
+    (tmp_path / "rows.jsonl").write_text('{"question": "what", "answer": "good"}\n' * 20)
+    with pytest.raises(BadData, match="image-to-text needs a column for image"):
+        tasks.open(tmp_path / "rows.jsonl", model=pair)
+
+
+def test_odd_kinds_of_tasks_and_places_that_are_no_boxes_are_left_out_and_counted(tmp_path, made):
+    pair = f"{made('beit')}+{made('opt')}:limber()"
+    path = changed(tmp_path, 3, n=400)
+    rows = [json.loads(line) | dict(task="ground", response="1 2 3 4") for line in path.read_text().splitlines()]
+    rows[5]["task"], rows[7]["response"] = ["ground"], "on the left"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = tasks.open(path, model=pair)
+    notes = " ".join(task.notes)
+    assert "line 6: there is no task ['ground']" in notes and "line 8: the response (column 'response') is no box" in notes
+    assert sum(map(len, task.tables.values())) == 398
+
+
+def test_what_is_asked_of_rows_and_of_stdin(tmp_path, made, capsys, monkeypatch):
+    code, _, err = folders.run(capsys, "bridge", made("beit"), made("opt"), "--data", pairs(tmp_path), "--out", tmp_path / "out",
+                               "--epochs", 1, "--batch-size", 24, "--log", "none")
+    assert code == 0, err
+    from luthier.tune import inputs
+    task = tasks.open(tmp_path / "rows.jsonl", model=f"{made('beit')}+{made('opt')}")
+    (tmp_path / "some.jsonl").write_text('{"image": "0.png"}\n{"image": "1.png", "prompt": "good"}\n')
+    found = inputs(task, [tmp_path / "some.jsonl", tmp_path / "2.png", "what", "why"])
+    assert [(Path(x["image"]).name, x["prompt"]) for x in found] == [
+        ("0.png", "what"), ("0.png", "why"), ("1.png", "good"), ("2.png", "what"), ("2.png", "why")]
+    one, two = tmp_path / "0.png", tmp_path / "1.png"
+    for text in (f"{one}\n{two}\n", f'{json.dumps(dict(image=str(one)))}\n{json.dumps(dict(image=str(two)))}\n'):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        code, said, err = folders.run(capsys, "predict", tmp_path / "out", "-", "what is it", "--json")
+        assert code == 0 and len(json.loads(said)) == 2, err
+    code, _, err = folders.run(capsys, "predict", tmp_path / "out", "https://a.b/c.png", "what is it")
+    assert code == 2 and "nothing is fetched from an address: download the image" in " ".join(err.split())
+
+
+def test_deep_grey_keeps_its_shades():
+    shades, told = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16), Counter()
+    for deep in (shades, (shades * 65535).astype(np.int32), (shades * 65535).astype(np.uint16), (shades * 255).astype(np.int32)):
+        seen = decode(Image.fromarray(deep), 16, told=told).numpy()
+        assert np.abs(seen.astype(int) - np.arange(256).reshape(1, 16, 16)).max() <= 1
+    assert told == {"grey: made RGB": 4}
+    with pytest.raises(ValueError, match="NaN"):
+        decode(Image.fromarray(shades * np.nan), 16)
+
+
+def test_few_shot_example_takes_its_numbers_from_the_command_line(tmp_path, monkeypatch):
+    for i in range(24):
+        (tmp_path / "data" / ("good", "bad")[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i * 9, 0, 0)).save(tmp_path / "data" / ("good", "bad")[i % 2] / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("few", Path(__file__).parents[1] / "examples" / "few_shot_coop.py")
+    few = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(few)
+    assert len(few.main("data", folders.clip(tmp_path / "clip"), "2", "2")) == 2
 
 
 def test_predicting_says_what_was_done_to_an_image(tmp_path, capsys):

@@ -7,6 +7,7 @@
     task.evaluate(model)                                    # {"accuracy": ..., "macro_f1": ..., ...}
 """
 
+from .. import zoo
 from ..errors import BadData
 from . import roles as _roles
 from .audio import AudioToText
@@ -63,9 +64,15 @@ def open(source, model=None, task=None, columns=None, limit=None, seed=0, metric
     first = data.splits.get("train") or next(iter(data.splits.values()))
     if set(columns or ()) <= set(data.columns) or not columns:       # what the user says wins, role by role or as a whole
         columns = data.columns | dict(columns or {})
-    kind, found = _roles.guess(first.columns, data.source, task or data.task, columns)
+    kind, found = _roles.guess(first.columns, data.source, task or data.task or _only(model), columns)
     made = KINDS[kind](model, source=data.source, roles=found, metric=metric or data.metric, tokenizer=tokenizer, **options)
     return made.fill(data, seed, limit)
+
+
+def _only(model):
+    """The kind of task of models that can do no other: those that write about images or sounds."""
+    reads = zoo.about(model).kind if model is not None else ""
+    return next((k for k, c in KINDS.items() if reads in c.reads), None) if reads in ("image-text", "audio-text") else None
 
 
 def restore(spec):

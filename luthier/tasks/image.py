@@ -2,6 +2,7 @@
 which stretches what is not square), scaled and normalised on the fly."""
 
 import io
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from .classify import Labelled
 
 BUDGET = 2 << 30               # bytes of decoded images that are kept; beyond it they are decoded again each time
 HUGE = 20_000_000              # pixels; Pillow itself refuses nine times as many
-TREATED = dict.fromkeys(("1", "L", "LA", "I", "F"), "grey: made RGB") | {"CMYK": "CMYK: made RGB"} | dict.fromkeys(
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.I)
+TREATED = dict.fromkeys(("1", "L", "LA"), "grey: made RGB") | {"CMYK": "CMYK: made RGB"} | dict.fromkeys(
     ("RGBA", "PA"), "transparent: what lies below shows")
 
 
@@ -28,6 +30,8 @@ def decode(item, side, base=".", told=None):
         box, item = item.get("box"), item.get("bytes") or item.get("path")
     if item is None or isinstance(item, str) and not item.strip():
         raise ValueError("no image is named")
+    if isinstance(item, str) and ADDRESS.match(item):
+        raise ValueError("nothing is fetched from an address: download the image and give its path")
     if isinstance(item, list | tuple | bool | int | float):
         more = ", and one is wanted, not a list" if isinstance(item, list | tuple) else ""
         raise ValueError(f"{str(item)[:60]} is no image{more}")
@@ -48,8 +52,13 @@ def decode(item, side, base=".", told=None):
     frames, item = getattr(item, "n_frames", 1), ImageOps.exif_transpose(item)
     if item.mode == "P" and "transparency" in item.info:
         item = item.convert("RGBA")
-    if item.mode.startswith("I;16"):
-        item = Image.fromarray((np.asarray(item) >> 8).astype(np.uint8))
+    if item.mode[0] in "IF":                         # deep grey: of 16 bits, or of numbers from 0 to 1
+        deep = np.asarray(item)
+        if not np.isfinite(deep).all():
+            raise ValueError("the image holds NaN or infinity")
+        deep = deep // 256 if item.mode[0] == "I" and (deep.max() > 255 or item.mode != "I") else deep
+        deep = deep * 255 if item.mode == "F" and 0 <= deep.min() and deep.max() <= 1 else deep
+        item = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
     if told is not None:
         odd = {TREATED.get(item.mode): item.mode in TREATED and not _opaque(item),
                "huge: made smaller": item.width * item.height > HUGE,

@@ -99,7 +99,7 @@ class ImageToText(Language):
             kind = kinds[i]
             if self.too_many(len(bad), table):
                 raise BadData(f"{table.where(i)}: there is no task {kind!r}. {nearest(kind, ROW_KINDS)} The column "
-                              f"{self.roles['task']!r} may hold {', '.join(ROW_KINDS)}.")
+                              f"{self.roles['task']!r} may hold {', '.join(ROW_KINDS)}. If it means something else, rename it.")
             self.notes.append(f"{len(bad)} rows that cannot be used are left out; {table.where(i)}: there is no task {kind!r}")
             kept = table.take(sorted(set(range(len(table))) - set(bad)))
             table.columns, table.lines = kept.columns, kept.lines
@@ -142,7 +142,7 @@ class ImageToText(Language):
     def readable(self, table):
         """The table without rows that cannot be used; refused when they are more than UNREADABLE of all."""
         bad, told, album = {}, Counter(), self.album
-        asked = self.column(table, "prompt") if "prompt" in self.roles else [None] * len(table)
+        asked, kinds = (self.column(table, r) if r in self.roles else [None] * len(table) for r in ("prompt", "task"))
         for i, (shown, answers) in enumerate(zip(self.shown(table, album), self.answers(table), strict=True)):
             if isinstance(asked[i], list | tuple | dict | bytes):
                 bad[i] = f"the prompt (column {self.roles['prompt']!r}) is no text"
@@ -150,6 +150,9 @@ class ImageToText(Language):
             if not shown or not answers:
                 bad[i] = f"the response (column {self.roles['response']!r}) is empty or no text" if shown else \
                     f"no {self.what} is named (column {self.roles['image']!r})"
+                continue
+            if ROW_KINDS.get(kinds[i], self.metric) == "acc_iou" and None in map(metrics.box, answers):
+                bad[i] = f"the response (column {self.roles['response']!r}) is no box, which has four numbers"
                 continue
             try:
                 self.few(shown)

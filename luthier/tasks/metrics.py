@@ -105,11 +105,14 @@ def sacrebleu():
 
 
 def acc_iou(said, answers, least=0.5):
-    """The share of boxes x0 y0 x1 y1, the first four numbers of a text, that overlap a true one by IoU >= least."""
-    def box(text):
-        found = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", text)[:4]]
-        return found if len(found) == 4 else None
+    """The share of boxes that overlap a true one by IoU >= least."""
     return sum(any(iou(box(s), box(r)) >= least for r in right) for s, right in zip(said, answers, strict=True)) / len(said)
+
+
+def box(text):
+    """x0 y0 x1 y1, the first four numbers of a text; None where there are fewer."""
+    found = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", text)[:4]]
+    return found if len(found) == 4 else None
 
 
 def iou(a, b):

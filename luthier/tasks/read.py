@@ -73,9 +73,28 @@ def table(path, seed=0, notes=None):
         raise BadData(f"{path} has a header but no rows, or only blank lines. Give at least a few rows of each class.")
     if seen > len(kept) and notes is not None:
         notes.append(f"{path.name}: {seen:,} rows, of which a seeded sample of {len(kept):,} is used")
+    if kind in (".json", ".jsonl", ".ndjson") and (n := sum([mended(row) for _, row in kept])) and notes is not None:
+        notes.append(f"{path.name}: {n:,} rows hold half of a character (a surrogate without its mate), which is replaced")
     names = list(dict.fromkeys(itertools.chain.from_iterable(row for _, row in kept[:1000])))
     return Table({n: [row.get(n) for _, row in kept] for n in names}, str(path), [line for line, _ in kept],
                  "row" if kind in (".parquet", ".json") else "line")
+
+
+def mended(row):
+    """Whether a row of JSON holds half characters, which no tokenizer and no file takes; they are replaced in place."""
+    was = False
+    for key, value in row.items() if isinstance(row, dict) else enumerate(row):
+        if isinstance(value, str) and not value.isascii():
+            row[key] = whole(value)
+            was |= row[key] != value
+        elif isinstance(value, dict | list):
+            was |= mended(value)
+    return was
+
+
+def whole(text):
+    """The text with each half character (a surrogate without its mate) replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _sample(rows, seed):

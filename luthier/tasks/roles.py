@@ -104,6 +104,12 @@ def is_class(values):
     return len(x) <= 20 or (min(x) in (0, 1) and max(x) - min(x) < 1.2 * len(x))
 
 
+def is_kind(values):
+    """A class in nine of ten; the others are counted later, as rows that cannot be used."""
+    plain = [v for v in values if not isinstance(v, list | tuple | dict)]
+    return len(plain) >= 0.9 * len(values) and is_class(plain)
+
+
 def guess(columns, source, task=None, given=None):
     """(kind, {role: column}) for a table's columns {name: values}."""
     given, columns = dict(given or {}), {k: list(v[:2000]) for k, v in columns.items()}
@@ -171,12 +177,13 @@ def _pick(role, columns, forced, by_name, said=False):
         "image": is_image, "mask": is_image, "phrase": is_text, "audio": is_audio, "tokens": is_list, "tags": is_list,
         "label": lambda v: is_class(v) or (forced and not is_list(v)),
         "target": lambda v: mostly_numbers(v) and (forced or not is_class(v)),
-        "text": is_text, "text_pair": is_text, "prompt": mostly_text if said else is_text, "task": is_class,
+        "text": is_text, "text_pair": is_text, "prompt": mostly_text if said else is_text, "task": is_kind,
         "response": (lambda v: True) if said else is_text, "caption": lambda v: is_text(v) or is_list(v),
         "extra": is_text, "attribute": is_class, "object": is_class, "domain": is_class,
     }[role]
     low = {c.lower().replace("-", "_").replace(" ", "_"): c for c in columns if isinstance(c, str)}
-    named = [low[n] for n in NAMES[role] if n in low and fits(columns[low[n]])]
+    names = NAMES[role] + (NAMES["caption"] if role == "response" and said and forced else [])
+    named = [low[n] for n in names if n in low and fits(columns[low[n]])]
     if role == "response" and said:
         named = [c for c in named if forced or c.lower() in SAID]
     elif role == "response" and not forced:          # a closed set of answers is a label, unless the name is plain
