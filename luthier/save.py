@@ -168,6 +168,15 @@ def _fsync(path):
     os.close(fd)
 
 
+def writable(folder):
+    """Refuse, before any work, a folder that cannot be written; nothing is made."""
+    folder = Path(os.path.abspath(folder))
+    near = next(p for p in (folder, *folder.parents) if p.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+        raise BadState(f"Nothing can be written into {folder}: {near} is {'a file' if near.is_file() else 'not open to you'}. "
+                       "Give another folder.")
+
+
 def write(folder, files):
     """Put `files` (name -> a function that writes the file at a path; or one function that fills a folder) into `folder`, all of
     them or none."""

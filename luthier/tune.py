@@ -25,6 +25,7 @@ def tune(data, model, chain, out, *, epochs=3, batch_size=32, lr=1e-3, seed=0, r
     from .train import train
 
     out, model, chain = Path(out), zoo.lasting(model), parse(chain)
+    save.writable(out)
     ranks.join()
     ranks.fit(parallel, precision)
     if ranks.told(lambda: (out / save.RECIPE).exists() and not resume and not (out / "checkpoints").exists()):

@@ -270,6 +270,28 @@ def test_odd_kinds_of_tasks_and_places_that_are_no_boxes_are_left_out_and_counte
     assert sum(map(len, task.tables.values())) == 398
 
 
+def test_one_bad_row_of_few_ends_nothing_either(tmp_path, made):
+    for kind, text, model in (("image-to-text", "response", f"{made('beit')}+{made('opt')}"),
+                              ("image-text-retrieval", "caption", folders.clip(tmp_path / "clip"))):
+        rows = [json.loads(line) for line in pairs(tmp_path, text).read_text().splitlines()]
+        rows[3]["image"] = "gone.png"
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        task = tasks.open(tmp_path / "rows.jsonl", model=model, task=kind)
+        assert sum(map(len, task.tables.values())) == 23 and any("line 4" in note for note in task.notes)
+
+
+def test_where_nothing_can_be_written_is_said_first(tmp_path, made, capsys):
+    from luthier.compare.rows import short
+    (tmp_path / "out").write_text("")
+    for argv in (("bridge", made("beit"), made("opt"), "--data", "gone.jsonl"),
+                 ("compare", "gone.jsonl", "--model", f"{made('beit')}+{made('opt')}")):
+        for out in (tmp_path / "out", tmp_path / "out" / "inner"):
+            code, _, err = folders.run(capsys, *argv, "--out", out)
+            said = " ".join(err.split())
+            assert code == 2 and f"Nothing can be written into {out}: {tmp_path / 'out'} is a file. Give another folder." in said
+    assert short(f"{made('beit')}+{made('opt')}:limber()") == "beit+opt:limber()" and short("/a/b+c.csv") == "b+c.csv"
+
+
 def test_what_is_asked_of_rows_and_of_stdin(tmp_path, made, capsys, monkeypatch):
     code, _, err = folders.run(capsys, "bridge", made("beit"), made("opt"), "--data", pairs(tmp_path), "--out", tmp_path / "out",
                                "--epochs", 1, "--batch-size", 24, "--log", "none")

@@ -15,8 +15,8 @@ def brief(chain):
 
 
 def short(name):
-    """A model or data set by name: the last part of a path."""
-    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name
+    """A model, two that are bridged, or a data set by name: the last part of a path."""
+    return "+".join(n.rstrip("/").rpartition("/")[2] if n.startswith(("/", ".", "~")) else n for n in name.split("+"))
 
 
 def rows(document):

@@ -7,6 +7,7 @@ import sys
 
 from ..errors import LuthierError, RunStopped
 from ..method import parse, split
+from ..save import writable
 from . import work
 from .store import Store, machine
 
@@ -32,6 +33,8 @@ def compare(data, model=None, methods="probe, full, lora(rank=8)", seeds=3, out=
     seeds = list(range(seeds)) if type(seeds) is int else list(seeds)
     rates = {repr(parse(c)): v for c, v in lr.items()} if isinstance(lr, dict) else dict.fromkeys(chains, lr)
     _check(chains, seeds, jobs, [*rates.values(), *grid], epochs, batch_size)
+    if out:
+        writable(out)
     reference, task = _task(data, model, task_options)
     _fits(task, chains.values())
     setting = dict(data=str(task.source), model=_name(task), methods=list(chains), seeds=seeds, epochs=epochs,

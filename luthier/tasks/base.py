@@ -16,6 +16,7 @@ class Task:
     reads = ()                                       # kinds of models that can do it
     metrics = ()                                     # the first is the default primary one
     higher = True                                    # whether more of the metric is better
+    small = 0                                        # rows that a table counts as, at least, when bad ones are weighed
     bad = 0                                          # rows that cannot be used, so far
 
     def __init__(self, model=None, *, source="", roles=None, metric=None, tokenizer=None, **options):
@@ -56,11 +57,11 @@ class Task:
             self.limit(name, most, seed)
         return self
 
-    def too_many(self, bad, table, least=0):
-        """Whether `bad` rows of a table that cannot be used are, with those found before, more than UNREADABLE of all; each
-        table counts as `least` rows at least."""
+    def too_many(self, bad, table):
+        """Whether `bad` rows of a table that cannot be used are, with those found before, more than UNREADABLE of all."""
         self.bad += bad
-        return bad == len(table) or self.bad > UNREADABLE * max(sum(map(len, self.tables.values())), least * len(self.tables))
+        rows = max(sum(map(len, self.tables.values())), self.small * len(self.tables))
+        return bad == len(table) or self.bad > UNREADABLE * rows
 
     def without(self, table, bad):
         """The table without rows that cannot be used, {number: why}; refused when they are too many."""

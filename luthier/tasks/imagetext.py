@@ -64,6 +64,7 @@ class Album:
 class ImageToText(Language):
     kind = "image-to-text"
     reads = ("image-text",)
+    small = 100
     metrics = (*SCORES, "average")
     higher = True
     longest = 128

@@ -28,6 +28,7 @@ TEMPLATE = "a photo of a {}."
 class ClassNames(ImageClassification):
     kind = "class-names"
     reads = ("vision-language",)
+    small = 100
     metrics = ("accuracy", "macro_f1", "harmonic", "auc")
     grows = True
     parts = None

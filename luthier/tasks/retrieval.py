@@ -26,6 +26,7 @@ class Retrieval(ImageClassification):
     kind = "image-text-retrieval"
     asks = "caption"                                 # the role of the texts beside images
     reads = ("vision-language",)
+    small = 100
     metrics = ("recall@1", "recall@5", "recall@10")
 
     def __init__(self, *given, **more):
@@ -52,7 +53,7 @@ class Retrieval(ImageClassification):
                     rows.append((i, " ".join(text.split())))
                 else:
                     bad.append(i)
-        if bad and self.too_many(len(bad), table, least=100):
+        if bad and self.too_many(len(bad), table):
             raise BadData(f"{table.where(bad[0])}: the caption (column {caption!r}) is empty; in all {len(bad)} are, and at most "
                           f"{UNREADABLE:.0%} may be. Fill them in or drop the rows.")
         if bad:

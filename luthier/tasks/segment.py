@@ -96,6 +96,7 @@ class Masked:
 class TextSegmentation(ImageClassification):
     kind = "text-segmentation"
     reads = ("vision-language",)
+    small = 100
     metrics = ("dice", "iou")
     asks = "phrase"                                  # the role of what is asked of an image
 
