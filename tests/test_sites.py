@@ -257,6 +257,18 @@ def test_stacked_experts(name):
     assert torch.allclose(got.reshape(want.shape), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_stacked_experts_are_kept_whole(name):
+    """With biases and without: a method that asks for the bias gets that of one expert."""
+    model, ids = copy.deepcopy(built(name)).eval(), torch.arange(10, 18)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        tuned = attach(model, "full(at='mlp.expert.1.gate mlp.expert.*.down')").eval()
+        assert torch.equal(tuned(ids).logits, want)
+        tuned.states["0:full@block/0/mlp/expert/1/down"].W.mul_(2)
+        assert not torch.equal(tuned(ids).logits, want) and torch.equal(tuned.merge()(ids).logits, tuned.unmerge()(ids).logits)
+
+
 def test_torch_multihead_attention():
     """q, k, v rows of in_proj and the output projection reach torch's own attention."""
     m = nn.MultiheadAttention(8, 2, batch_first=True)

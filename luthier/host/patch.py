@@ -203,7 +203,7 @@ def composed(P, b, entries):
         if not e.method.discards():
             have["W"] = s.read(P)
         if e.sets_bias:
-            full = b if b is not None else P.new_zeros(s.whole(P).shape[0])
+            full = b if b is not None else P.new_zeros(*P.shape[:s.index is not None], s.whole(P).shape[0])    # (experts,) rows
             W, new = call(e.method, "weight", b=s.read_b(full), **have)
             b = None if new is None else s.write_b(full, new)
         else:
