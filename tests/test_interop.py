@@ -179,6 +179,11 @@ READ = [                                     # label, model, config, chain, equa
     ("dora", "llama", lambda: L(target_modules=["q_proj", "up_proj"], use_dora=True, use_rslora=True),
      "dora(at='attn.q mlp.up', rank=4)", False),
     ("tokens", "gpt2", lambda: L(target_modules=["wte", "c_fc"]), "lora(at='embed.token mlp.up', rank=4, alpha=8.0)", False),
+    ("both-tied", "gpt2", lambda: L(target_modules=["wte", "lm_head"]),
+     "lora(at='head', rank=4, alpha=8.0) >> lora(at='embed.token', rank=4, alpha=8.0)", True),
+    ("two-views", "t5", lambda: L(target_modules=["embed_tokens", "q"]), None, True),
+    ("no-view", "t5", lambda: L(target_modules=["shared", "q"]), "lora(at='embed.token attn.q cross.q -encoder.embed.token "
+     "-decoder.embed.token', rank=4, alpha=8.0)", True),
     ("saved", "llama", lambda: L(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
      "lora(at='attn.q', rank=4, alpha=8.0) >> full(at='embed.token head')", True),
     ("shapes", "llama", lambda: peft.RandLoraConfig(target_modules=["q_proj", "k_proj", "down_proj"], r=4),

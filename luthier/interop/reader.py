@@ -145,8 +145,11 @@ class Reader:
         groups = {}
         for path, ts in found.items():
             for hyper, site, state in self._at(m, d, path, ts, common):
-                groups.setdefault(hyper, {})[site] = state
-        return [self._step(m, dict(hyper), states) for hyper, states in groups.items()]
+                k = 0                                      # one step would give the two sides of a tied weight one state
+                while any(site.name in o.tied for o in groups.get((hyper, k), ())):
+                    k += 1
+                groups.setdefault((hyper, k), {})[site] = state
+        return [self._step(m, dict(hyper), states) for (hyper, _), states in groups.items()]
 
     def _method(self):
         """The method whose `when` says most of what the settings say."""
@@ -439,7 +442,8 @@ def _selector(every, wanted):
         else:
             words.append(s.name)
             left.pop(s)
-    return " ".join(words)
+    views = set(find(every, " ".join(words))) - set(wanted)              # an embedding's name means its other views too
+    return " ".join([*words, *(f"-{s.name}" for s in every if s in views)])
 
 
 class Filler:
