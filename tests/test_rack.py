@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 
 import pytest
 import torch
@@ -325,6 +326,65 @@ def test_generation_of_an_encoder_decoder(shelf):
     got = rack.generate(input_ids=ids, attention_mask=torch.ones_like(ids), names=["a0", "a1", None], **given)
     want = luthier.load(build("t5"), folders["a1"]).generate(input_ids=ids[1:2], **given)
     assert torch.equal(got[1:2, :want.shape[1]], want)
+
+
+def test_sampling_is_the_same_the_first_time_and_later(shelf):
+    rack, _ = racked(shelf, "llama", ["lora()"] * 3)
+    ids, found = batch("llama")["input_ids"][:, :8], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(rack.generate(input_ids=ids, attention_mask=torch.ones_like(ids), names=["a0", "a1", "a2"], pad_token_id=1,
+                                   max_new_tokens=6, do_sample=True))
+    assert torch.equal(*found)
+
+
+def test_a_cache_goes_with_all_rows_or_is_refused(shelf):
+    """Whoever decodes by hand: the first run of a kind learns from a copy, and rows that run in parts do not share a cache."""
+    rack, _ = racked(shelf, "llama", ["lora()"] * 2 + ["dora()"])
+    ids = torch.randint(4, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+    for names in (["a0", "a1", "a0"], ["a0", "a1", None]):
+        want = rack({"input_ids": ids}, names=names).logits[:, -1]
+        rack.kinds[0].learned = False                      # as after load() of a larger adapter of that chain
+        past = rack({"input_ids": ids[:, :6]}, names=names, use_cache=True).past_key_values
+        rack.kinds[0].learned = False
+        close(rack({"input_ids": ids[:, 6:]}, names=names, past_key_values=past).logits[:, 0], want)
+        assert past.get_seq_length() == 7
+    with pytest.raises(DoesNotFit, match="run in parts"):
+        rack({"input_ids": ids[:, 6:]}, names=["a0", "a2", "a1"], past_key_values=past)
+    assert past.get_seq_length() == 7
+
+
+def test_an_encoder_s_states_are_divided_with_their_rows(shelf, alone):
+    from transformers.modeling_outputs import BaseModelOutput
+
+    rack, folders = racked(shelf, "t5", ["lora(at='cross.q')", "dora(at='cross.q')"])
+    names, given = ["a0", "a1", None], batch("t5")
+    with torch.no_grad():
+        h = build("t5").encoder(given.pop("input_ids"), attention_mask=given["attention_mask"]).last_hidden_state
+    for states in ((h,), BaseModelOutput(last_hidden_state=h)):
+        out = rack(given, names=names, encoder_outputs=states).logits.flatten(1)
+        for i, n in enumerate(names):
+            close(out[i], alone("t5", folders.get(n))[i])
+
+
+def test_threads_take_turns(shelf, alone):
+    rack, folders = racked(shelf, "llama", ["lora()", "lora()", "dora()"])
+    wrong = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        for _ in range(4):
+            names = [rng.choice([None, *folders]) for _ in range(3)]
+            try:
+                out = serve(rack, "llama", names)
+                for i, n in enumerate(names):
+                    close(out[i], alone("llama", folders.get(n))[i])
+            except (LuthierError, AssertionError, RuntimeError) as e:
+                wrong.append(e)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong
 
 
 # -- how ----------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,15 @@ mapped one adapter, after the other; `cost()` says which and why.
 
 States lie on disk, memory-mapped; those in use lie in memory, at most `memory` bytes of them, the least recently used leaving
 first. Random bases that all adapters of a kind share (one seed) count to the model; those of other seeds count like states.
+
+Threads may share a rack: they take turns, since rows are told apart by what is bound to the one model.
 """
 
+import copy
+import functools
 import math
 import re
+import threading
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +51,15 @@ def size(text):
     return int(float(found[1]) * UNITS[unit])
 
 
+def _alone(method):
+    """One thread at a time."""
+    @functools.wraps(method)
+    def locked(self, *args, **kwargs):
+        with self._lock:
+            return method(self, *args, **kwargs)
+    return locked
+
+
 class Rack:
     """See the head of this file."""
 
@@ -56,12 +70,13 @@ class Rack:
             raise DoesNotFit(f"This model lies on several devices ({', '.join(map(str, where))}). A rack needs one.")
         self.device, self.memory, self.used = where.pop(), size(memory), 0
         self.adapters, self.kinds, self.items = {}, [], OrderedDict()
-        self.stats = Counter()
+        self.stats, self._lock = Counter(), threading.RLock()
         self._base = None                                  # the base's fingerprint: it is never written, so it is taken once
         self.owner = Owner("rack")                         # keeps the host between kinds
         self.owner.active, self.owner.states, self.owner.chain = False, nn.ModuleDict(), ()
 
     # -- loading --------------------------------------------------------------------------------------------------------
+    @_alone
     def load(self, name, folder):
         """Know the state in `folder` as `name`. All of it is checked now; its tensors stay on disk until they are used."""
         if not isinstance(name, str) or not name:
@@ -145,6 +160,7 @@ class Rack:
         if host is not None and host.owners == [self.owner]:
             host.drop(self.owner)
 
+    @_alone
     def unload(self, name):
         """Forget an adapter; its file stays."""
         adapter = self._named(name)
@@ -162,6 +178,7 @@ class Rack:
                 self._base = None
         return self
 
+    @_alone
     def close(self):
         """Leave the base as it was."""
         for name in list(self.adapters):
@@ -265,14 +282,16 @@ class Rack:
     @contextmanager
     def serving(self, name):
         """Within, the model itself runs with this one adapter."""
-        adapter = self._named(name)
-        with self._serving(adapter.kind, self.resident(name)) as model:
-            yield model
+        with self._lock:
+            adapter = self._named(name)
+            with self._serving(adapter.kind, self.resident(name)) as model:
+                yield model
 
     def view(self, names):
         """A model for row i of a data set, which takes adapter names[i]; `serve_rows(rows)` says which rows come next."""
         return View(self, list(names))
 
+    @_alone
     def _run(self, batch, names, fn, fill=None):
         names = list(names)
         rows = {k: len(v) for k, v in batch.items() if torch.is_tensor(v) and v.dim()}
@@ -349,7 +368,7 @@ class Rack:
         first = next(n for n in distinct if n is not None)
         try:
             if not kind.learned:
-                self._learn(kind, first, _rows_of(batch, [0], len(names)), fn)
+                self._learn(kind, first, _rows_of(batch, [0], len(names), spare=True), fn)
             g = math.gcd(*(len(r) for r in _runs(names)))
             mixed = self._mixed(kind, names[::g])
             with self._serving(kind, self._resident(first), mixed):
@@ -412,8 +431,8 @@ class Rack:
         resident = self._resident(name)
         runs = Learning(kind, 1)
         runs.held = resident
-        with self._serving(kind, resident, runs):
-            fn(batch, first=True)
+        with self._serving(kind, resident, runs), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            fn(batch, first=True)                          # what is sampled is the same the first time and later
         kind.seen, kind.learned = runs.met, kind.learned or "once"
 
     @staticmethod
@@ -463,14 +482,27 @@ def _runs(names):
     return out
 
 
-def _rows_of(batch, at, n):
+def _rows_of(batch, at, n, spare=False):
+    """The rows `at` of n in a model's arguments, also where they lie in tuples (an encoder's outputs). A KV cache, which the run
+    writes to, is not divided; `spare`: a copy will do."""
     if at == list(range(n)):
         return batch
-    def rows(k, v):
-        mine = torch.is_tensor(v) and v.dim() and len(v) == n and k != "cache_position"
-        return v[torch.tensor(at, device=v.device)] if mine else v
+    def rows(v):
+        if torch.is_tensor(v) and v.dim() and len(v) == n:
+            return v[torch.tensor(at, device=v.device)]
+        if isinstance(v, dict):
+            return type(v)(**{k: rows(x) for k, x in v.items()})
+        if type(v) in (tuple, list) and any(torch.is_tensor(x) for x in v):
+            return type(v)(map(rows, v))
+        if hasattr(v, "batch_select_indices"):
+            if not spare:
+                raise DoesNotFit("These rows run in parts, and a cache of keys and values goes with all of them at once. Use "
+                                 "rack.generate(...), or put rows together whose adapters are of one kind.")
+            v = copy.deepcopy(v)
+            v.batch_select_indices(torch.tensor(at))
+        return v
 
-    return {k: rows(k, v) for k, v in batch.items()}
+    return {k: v if k == "cache_position" else rows(v) for k, v in batch.items()}
 
 
 def _joined(outs, n, failed, fill=None):
