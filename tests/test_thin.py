@@ -135,6 +135,28 @@ def test_dropout_is_what_it_says_and_keeps_no_mask():
     close(tuned(x), tuned(x))
 
 
+@pytest.mark.parametrize("chain", ["lora(at='linear', rank=3, dropout=0.4)",
+                                   "lora(at='attn.k attn.v', rank=2, dropout=0.3) >> lora(at='linear', rank=2)"])
+def test_dropout_is_the_same_when_a_block_is_run_again(chain):
+    """Checkpointing, whose first pass has no gradients (reentrant) or has them: the gradient is that of the loss."""
+    torch.manual_seed(0)
+    tuned, found = stirred(nn.Sequential(nn.Linear(12, 12), Three()).double(), chain), []
+    block, x = tuned.model[1].forward, torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    for reentrant in (None, False, True):
+        tuned.model[1].forward = block if reentrant is None else \
+            lambda input, how=reentrant: torch.utils.checkpoint.checkpoint(block, input, use_reentrant=how)
+        torch.manual_seed(7)
+        out = tuned(x)
+        p = [t for _, t in tuned.trainable()]
+        out.square().sum().backward()
+        found.append((out, x.grad, *(t.grad for t in p)))
+        for t in (x, *p):
+            t.grad = None
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            close(a, b)
+
+
 def test_second_derivatives():
     tuned = stirred(Three().double(), "lora(at='linear', rank=2)")
     x = torch.randn(3, 12, dtype=torch.float64)

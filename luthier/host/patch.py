@@ -120,13 +120,13 @@ class Patch:
 
     def _downs(self, x, rows):
         """The rows to give the layer itself; (entry, its factors) and its h = x Aᵀ for each. Of mates (q, k, v; gate, up) the
-        first that is called with an x makes every h in one product and leaves the others ready for that very x."""
+        first that is called with an x makes every h in one product and leaves the others ready for that very x. Served, each is
+        alone, the same bits whatever else there is; in training a pass without gradients draws as the one with them will."""
         ready, self.ready = self.ready, _Ready()
         if ready.fits(x):
             return ready.rows, ready.products
-        if not torch.is_grad_enabled():                     # alone: the same bits whatever else there is
-            return rows, [((e, f), thin.down(rows, [f["A"].to(rows.dtype)], e.state.training and f.get("dropout"))[1][0])
-                          for e, f in self._factors()]
+        if not torch.is_grad_enabled() and not any(e.state.training for e in self.thin):
+            return rows, [((e, f), thin.down(rows, [f["A"].to(rows.dtype)])[1][0]) for e, f in self._factors()]
         groups = {m: m._factors() for m in [self, *self.mates]}
         kinds = defaultdict(list)                           # those with a dropout of their own are made on their own
         for e, f in (pair for pairs in groups.values() for pair in pairs):
