@@ -71,7 +71,8 @@ def lean():
             return outer[1](kept)
         t, version = kept
         if t._version != version:
-            raise RuntimeError("A tensor needed for the gradient was changed in place after the forward pass that used it.")
+            raise RuntimeError("A tensor needed for the gradient was changed in place after the forward pass that used it. If "
+                               "the model itself does so to a layer's output (an activation in place), set tuned.fast = False.")
         return t
 
     def follow(again):

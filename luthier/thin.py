@@ -10,7 +10,6 @@ authors' merged layers, and keeps a seed, not a mask.
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as dropped
 from torch.nn.functional import pad
 
@@ -104,7 +103,6 @@ class _Gained(Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         y, h, Bt, gain, b = ctx.saved_tensors
         gy = gh = gB = gc = None
@@ -113,7 +111,7 @@ class _Gained(Function):
         if ctx.needs_input_grad[1]:
             gh = g @ (ctx.scale * gain * Bt).contiguous().T
         if ctx.needs_input_grad[2]:
-            gB = (h.T @ g).mul_(ctx.scale * gain)
+            gB = h.T @ g * (ctx.scale * gain)
         if ctx.needs_input_grad[4]:                         # wants y before the gain: read off the one after it
             after = (g * y).sum(0) if b is None else (g * y).sum(0) - b * g.sum(0)
             gc = torch.where(gain == 0, 0, after / gain)

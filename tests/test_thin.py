@@ -157,8 +157,10 @@ def test_dropout_is_the_same_when_a_block_is_run_again(chain):
             close(a, b)
 
 
-def test_second_derivatives():
-    tuned = stirred(Three().double(), "lora(at='linear', rank=2)")
+@pytest.mark.parametrize("chain", ["lora(at='linear', rank=2)", "dora(at='linear', rank=2)",
+                                   "dora(at='linear', rank=2) >> dora(at='attn.q', rank=2)"])
+def test_second_derivatives(chain):
+    tuned = stirred(Three().double(), chain)
     x = torch.randn(3, 12, dtype=torch.float64)
     found = []
     for fast in (False, True):
@@ -168,6 +170,19 @@ def test_second_derivatives():
         found.append(torch.autograd.grad(sum(v.square().sum() for v in g), p))
     for a, b in zip(*found, strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("chain", ["lora(at='linear')", "dora(at='linear')", "ia3(at='linear')", "ssf(at='linear')",
+                                   "bitfit(at='linear')"])
+def test_under_autocast_a_layer_s_output_keeps_its_type(chain):
+    tuned, x = stirred(Three(), chain), torch.randn(4, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [tuned(x) for tuned.fast in (False, True)]
+        with torch.no_grad():
+            outs.append(tuned(x))
+    assert [o.dtype for o in outs] == 3 * [torch.bfloat16]
+    for o in outs[1:]:
+        torch.testing.assert_close(o, outs[0], rtol=0.05, atol=0.1)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -224,7 +239,7 @@ def test_a_tensor_changed_in_place_is_noticed():
     y = x * 1.0
     out = tuned(y)
     y.detach().mul_(2)                                      # the norm's own input, which the gradient needs
-    with pytest.raises(RuntimeError, match="in place"):
+    with pytest.raises(RuntimeError, match="in place.*tuned.fast = False"):
         out.sum().backward()
 
 

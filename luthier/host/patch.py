@@ -95,7 +95,7 @@ class Patch:
         for e in self.quick:
             rows, have = e.site.rows, dict(zip(("W", "b"), self._so_far(e), strict=True)) | {"x": x, "p": e.p}
             if rows is None:
-                y = call(e.method, "fast", y=y, **have)
+                y = call(e.method, "fast", y=y, **have).to(y.dtype)                # under autocast: the layer's own, as weight()
             else:
                 y = put(y, rows, call(e.method, "fast", y=take(y, rows), **have))
         return y

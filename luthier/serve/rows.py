@@ -104,7 +104,7 @@ class Runs:
                 have = {"W": e.site.read(P), "b": None if b is None else e.site.read_b(b)}
             ys = y if e.site.rows is None else take(y, e.site.rows)
             new = self.fast(e, x, ys, have) if isinstance(e, RowEntry) else call(e.method, "fast", x=x, y=ys, p=e.p, **have)
-            y = new if e.site.rows is None else put(y, e.site.rows, new)
+            y = new.to(y.dtype) if e.site.rows is None else put(y, e.site.rows, new)
         return y
 
     def _meet(self, place, x):
