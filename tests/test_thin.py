@@ -275,11 +275,13 @@ def test_a_method_from_outside_gets_the_fast_path():
         close(u, v)
 
 
-def test_functional_transforms_and_batched_gradients():
-    tuned = stirred(Three().double(), "lora(at='linear', rank=2)")
+@pytest.mark.parametrize("chain", ["lora(at='linear', rank=2)", "lora(at='attn.q', rank=2) >> dora(at='linear', rank=2)"])
+def test_functional_transforms_and_batched_gradients(chain):
+    tuned = stirred(Three().double(), chain)
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     want, = torch.autograd.grad(tuned(x).square().sum(), x)
     close(torch.func.grad(lambda x: tuned(x).square().sum())(x.detach()), want)
+    close(torch.func.vmap(tuned)(x.detach()[:, None])[:, 0], tuned(x))
     rows = torch.autograd.functional.jacobian(tuned, x.detach())
     close(torch.autograd.functional.jacobian(tuned, x.detach(), vectorize=True), rows)
     close((2 * tuned(x)[..., None, None] * rows).sum((0, 1)), want)
