@@ -249,6 +249,9 @@ class Reader:
                 top, below = d["factor"]
                 mine[top], mine[below] = mine[top] / mine[below] * size, size
             state = {layout[k].name: layout[k].read(t) for k, t in cut.items()}
+            for name, makes in d.get("makes", {}).items():
+                if name in state and name not in self._made(m, s):
+                    mine |= makes(s)
             new.append((tuple({**mine, **d.get("given", {})}.items()), s, state))
         if not covered.all():
             raise DoesNotFit(f"{self.folder}: {path} has rows that are no weight of their own here. Merge in peft first.")
@@ -256,6 +259,9 @@ class Reader:
             self.told.append(f"{path} is one module of several weights: its adapter is kept row by row, at "
                              f"{', '.join(s.name for _, s, _ in new)}.")
         return new
+
+    def _made(self, m, s):
+        return call(m(), "init", site=s.bound(0, 0, {}, 1, 0), seen=None, rows=slice(None), model=self.base)
 
     def _which(self, d, line, path):
         """Of a tensor's alternative layouts, the one that the settings name for this module."""

@@ -13,6 +13,7 @@ A method is read and written by a class attribute `peft`, a dict of:
     sums             whether several of it on one weight are one of the summed rank
     listed           {setting: state tensor}: a list of the modules whose state has that tensor
     given            hyperparameters of what was read
+    makes            {state tensor: the hyperparameters, of a site, with which init makes it there, where the defaults do not}
     settings         further settings to write
     names, shared    in place of `tensors`: the tensors' names, at each module and once for all,
     prepare, write, read, common      and the functions that make them

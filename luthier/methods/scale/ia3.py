@@ -11,12 +11,14 @@ from luthier.method import Method, method
 @method
 class ia3(Method):
     at: str = "*.k *.v mlp.down"           # cross-attention too
+    into: str = "mlp.down"                 # roles whose input is rescaled, not their output
     peft = dict(type="IA3", layers="linear conv1d", tensors={"ia3_l": "out: out -> out 1 | into: in -> 1 in"}, rest=dict(out=1),
                 listed=dict(feedforward_modules="into"),
+                makes=dict(into=lambda site: dict(into=site.role), out=lambda site: dict(into="")),
                 rounds="keys and values to the bit; mlp.down to rounding: peft scales its input, ia3 adds what scaling changes")
 
-    def init(self, site):                  # trains d_in at mlp.down, else d_out
-        into = site.role == "mlp.down"
+    def init(self, site):                  # trains d_in at `into`, else d_out
+        into = site.role in self.into.split()
         return dict(into=site.ones(site.d_in)) if into else dict(out=site.ones(site.d_out))
 
     def weight(self, W, p, b):             # (d_out, d_in), (d_out,)
