@@ -592,6 +592,7 @@ def test_a_wrong_base_is_refused(good, tmp_path):
 
 @pytest.mark.parametrize("config, error, says", [
     (lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"), DoesNotFit, "SEQ_CLS"),
+    (lambda: L(target_modules=["word_embeddings"], use_dora=True), DoesNotFit, "dora is read at linear or conv1d layers only"),
     (lambda: peft.BeftConfig(target_modules=["intermediate.dense"], modules_to_save=["attention.output"]), None, ""),
 ])
 def test_forms_that_a_model_cannot_take(config, error, says, tmp_path):

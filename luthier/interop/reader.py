@@ -138,6 +138,10 @@ class Reader:
             if tail is None and any(key.endswith("." + n) for n in d.get("shared", ())):
                 continue                                   # peft repeats what is shared at every module
             if not key.startswith(ROOT) or tail is None:
+                kin = [k for _, o in self._kinds() for one in (o.get("tensors", {}), *o.get("of", {}).values()) for k in one]
+                if key.startswith(ROOT) and any(key.endswith("." + k) for k in kin):
+                    raise DoesNotFit(f"{self.folder}: {key!r:.120}: {m.__name__} is read at {d['layers'].replace(' ', ' or ')} "
+                                     "layers only. Merge in peft first.")
                 raise BadState(f"{self.folder}: {key!r:.120} is no tensor of {self.kind}. Known: {ROOT}MODULE."
                                f"{f', {ROOT}MODULE.'.join(names)}. Save the adapter with peft's save_pretrained.")
             found.setdefault(key[len(ROOT):-len(tail) - 1], {})[tail] = t
