@@ -42,7 +42,7 @@ def up(y, h, B, scale=1.0, rows=None, gain=None, b=None):
     if rows is not None:
         gain = pad(gain, (rows[0], y.shape[1] - rows[1]), value=1.0)
         b = None if b is None else pad(b, (rows[0], y.shape[1] - rows[1]))
-    if torch._C._functorch.peek_interpreter_stack() is not None:             # torch.func takes nothing that is done in place
+    if torch._C._are_functorch_transforms_active():         # these take nothing that is done in place
         return y + (gain - 1) * (y if b is None else y - b) + gain * (scale * h @ Bt)
     return _Gained.apply(y, h, Bt, scale, gain, b)
 
