@@ -823,8 +823,8 @@ def test_no_method_is_named_in_the_generic_code():
 
 
 def test_declarations_say_nothing_that_nobody_reads():
-    known = set("type also when layers tensors of fields factor scale patterns rest sums listed given makes settings prepare write "
-                "read common prompt copies rounds names shared reads".split())
+    known = set("type also when layers tensors of fields factor scale patterns rest sums listed given makes settings prepare "
+                "write read common prompt copies rounds names shared reads".split())
     text = (ROOT / "luthier" / "interop" / "settings.py").read_text().partition("import json")[0]
     for name, m in luthier.discover().items():
         d = getattr(m, "peft", None) or {}
