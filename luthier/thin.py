@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 
 def plain(x, y, A, B, scale=1.0, dropout=0.0, gain=None, b=None, training=False):
-    """The formula itself, for any leading shape: what torch.compile and vmap see."""
+    """The formula itself, for any leading shape: what torch.compile and torch.func see."""
     change = dropped(x, dropout, training) @ A.T @ (scale * B).T
     if gain is None:
         return y + change
@@ -25,9 +25,7 @@ def plain(x, y, A, B, scale=1.0, dropout=0.0, gain=None, b=None, training=False)
 def down(x, As, dropout=0.0):
     """x, and h of each A: (N, r). The x that comes back is for the layer itself: so the gradients of both meet in one product."""
     A = As[0] if len(As) == 1 else torch.cat(As)
-    if torch._C._are_functorch_transforms_active():         # these take no Function of this form
-        h = dropped(x, dropout) @ A.T
-    elif dropout or x.requires_grad and torch.is_grad_enabled():
+    if dropout or x.requires_grad and torch.is_grad_enabled():
         x, h = _Down.apply(x, A, dropout, _seed() if dropout else 0)
     else:
         h = x @ A.T
@@ -42,8 +40,6 @@ def up(y, h, B, scale=1.0, rows=None, gain=None, b=None):
     if rows is not None:
         gain = pad(gain, (rows[0], y.shape[1] - rows[1]), value=1.0)
         b = None if b is None else pad(b, (rows[0], y.shape[1] - rows[1]))
-    if torch._C._are_functorch_transforms_active():         # these take nothing that is done in place
-        return y + (gain - 1) * (y if b is None else y - b) + gain * (scale * h @ Bt)
     return _Gained.apply(y, h, Bt, scale, gain, b)
 
 

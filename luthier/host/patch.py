@@ -86,7 +86,8 @@ class Patch:
         if self.picky and not self.worth(args, kwargs):
             with self.whole():
                 return self._slow(args, kwargs)
-        if self.thin and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        if self.thin and len(args) == 1 and not kwargs and not (
+                torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):       # these see the formula
             return self._thin(args[0])
         y = self._slow(args, kwargs) if self.slow else self._base(*args, **kwargs)
         if not self.quick:
