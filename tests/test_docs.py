@@ -53,6 +53,17 @@ def test_a_comparison_is_what_its_command_left():
             assert len(scores) == len(document["setting"]["seeds"]) and f" {sum(scores) / len(scores):.4f}" in line
 
 
+def test_the_page_on_data_names_every_kind_metric_and_built_in_set():
+    from luthier import tasks
+    from luthier.tasks import arrays, audio, pictures
+    said = (docs.home() / "data.md").read_text("utf-8")
+    for name in (*arrays.BUILT_IN, *audio.BUILT_IN, *pictures.BUILT_IN):
+        assert f"`{name}`" in said, name
+    for kind, made in tasks.KINDS.items():
+        line = next(x for x in said.splitlines() if x.startswith(f"| `{kind}` |"))
+        assert all(m in line for m in made.metrics) or kind == "audio-to-text" and "as image-to-text" in line, kind
+
+
 def test_pages_go_stale_and_are_written_and_removed(tmp_path):
     everything = sorted(docs.pages(slow=False))
     assert docs.stale(tmp_path, slow=False) == everything == docs.write(tmp_path, slow=False)
